@@ -1,0 +1,89 @@
+"""The output folder of a run: run.json, metrics.jsonl, checkpoints/step-N and the picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+KEPT_CHECKPOINTS = 2
+
+Number = float | int | None
+
+
+class RunFolder:
+    """Names, reads and writes what a run leaves behind. Only one rank may write.
+
+    Args:
+        path: the folder; it is made when something is first written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.picture = path / "training.png"
+        self._description = path / "run.json"
+        self._metrics = path / "metrics.jsonl"
+        self._checkpoints = path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """Returns where the checkpoint of a step belongs."""
+        return self._checkpoints / f"step-{step:06d}"
+
+    def checkpoints(self) -> list[Path]:
+        """Returns the finished checkpoints, oldest first."""
+        found = self._checkpoints.iterdir() if self._checkpoints.is_dir() else iter(())
+        return sorted((path for path in found if re.fullmatch(r"step-\d+", path.name)), key=_step_of)
+
+    def holds_a_run(self) -> bool:
+        return self._metrics.exists() or bool(self.checkpoints())
+
+    def clear(self) -> None:
+        """Removes an earlier run: its files, and nothing else that lies in the folder."""
+        shutil.rmtree(self._checkpoints, ignore_errors=True)
+        for file in (self._description, self._metrics, self.picture):
+            file.unlink(missing_ok=True)
+
+    def prune(self) -> None:
+        """Removes all but the last `KEPT_CHECKPOINTS` checkpoints."""
+        for path in self.checkpoints()[:-KEPT_CHECKPOINTS]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def begin(self, description: Mapping[str, object], after_step: int) -> None:
+        """Writes run.json and drops the metrics later than `after_step`, which a resumed run writes again."""
+        self._checkpoints.mkdir(parents=True, exist_ok=True)
+        self._description.write_text(json.dumps(description, indent=2) + "\n")
+        kept = [row for row in self.rows() if (row["step"] or 0) <= after_step]
+        self._metrics.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def append(self, row: Mapping[str, Number]) -> None:
+        """Adds a line to metrics.jsonl. A number that is not finite becomes null, which JSON can hold."""
+        clean = {key: value if value is not None and math.isfinite(value) else None for key, value in row.items()}
+        with self._metrics.open("a") as file:
+            file.write(json.dumps(clean) + "\n")
+
+    def rows(self) -> list[dict[str, Number]]:
+        """Returns the lines of metrics.jsonl, without a last one that a killed run left half written."""
+        lines = self._metrics.read_text().splitlines(keepends=True) if self._metrics.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def description(self) -> dict[str, object]:
+        """Returns run.json, or an empty dictionary where there is none."""
+        if not self._description.exists():
+            return {}
+        content: dict[str, object] = json.loads(self._description.read_text())
+        return content
+
+
+def run_of_checkpoint(checkpoint: Path) -> RunFolder:
+    """Returns the folder of the run that wrote a checkpoint."""
+    return RunFolder(checkpoint.absolute().parent.parent)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))

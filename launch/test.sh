@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Runs the tests. Arguments go to pytest: ./launch/test.sh -m "not launch" -x
+set -euo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+prepare dev,train,mpi deepspeed
+
+cd "$root"
+# Tests start several processes: one thread each.
+export OMP_NUM_THREADS=1
+exec "$venv_python" -m pytest "$@"

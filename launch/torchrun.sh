@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Trains under torchrun. The first choice: it comes with torch, needs no ssh, and starts a failed job again by itself.
+# Arguments go to launch/train.py; with --resume among them a restarted job goes on from its last checkpoint.
+#
+#   One host:       launch/torchrun.sh --steps 200
+#   Several hosts:  the same line on each of them, NODE_RANK counting from 0:
+#                   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 launch/torchrun.sh --steps 200
+#
+# NPROC_PER_NODE   processes on this host (default: one for each GPU, or one)
+# NNODES           hosts (default: 1); 1:2 goes on with one host when the other is lost
+# NODE_RANK        0 on the host that MASTER_ADDR names, 1, 2, ... on the others
+# MASTER_ADDR      address of host 0 that all hosts reach; MASTER_PORT (default: 29400) must be free there
+# LOCAL_ADDR       address of this host, where its name does not resolve to one that the others reach
+# JOIN_TIMEOUT     seconds in which all hosts have to come (default: 600)
+# MAX_RESTARTS     how often a failed job is started again (default: 3)
+# JOB_ID           tells jobs on the same MASTER_PORT apart (default: ppsf)
+# PYTHON           interpreter (default: python); TRAIN_SCRIPT: another script instead of launch/train.py
+# Where gloo or NCCL picks the wrong network, set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the interface, such as eth0.
+set -euo pipefail
+
+script=${TRAIN_SCRIPT:-"$(dirname "${BASH_SOURCE[0]}")/train.py"}
+python=${PYTHON:-python}
+nproc=${NPROC_PER_NODE:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+
+# torchrun prints a warning, and sets the same, without it.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Workers that share the store of the agents meet the addresses of the attempt that failed, and the restart hangs.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
+if [[ ${NNODES:-1} == 1 ]]; then
+    where=(--standalone)
+else
+    : "${NODE_RANK:?set it to the number of this host, 0 on the one that MASTER_ADDR names}"
+    : "${MASTER_ADDR:?set it to an address of host 0 that all hosts reach}"
+    # Told, not guessed: torchrun compares host names, and where they do not match no host serves the store.
+    is_host=$((NODE_RANK == 0))
+    where=(
+        --nnodes "$NNODES"
+        --rdzv-backend c10d
+        --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29400}"
+        --rdzv-id "${JOB_ID:-ppsf}"
+        --rdzv-conf "is_host=$is_host,join_timeout=${JOIN_TIMEOUT:-600}"
+        ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"}
+    )
+fi
+
+exec "$python" -m torch.distributed.run "${where[@]}" \
+    --nproc-per-node "$nproc" --max-restarts "${MAX_RESTARTS:-3}" "$script" "$@"

@@ -1,0 +1,128 @@
+"""Trains a byte-level language model on the source of Python's standard library. See --help."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import ppsf_dist
+from corpus import standard_library
+from loop import Run
+from model import ByteTransformer
+from options import LAST, Settings, parse
+from ppsf_dist import ProdigyPlusScheduleFree
+from ppsf_dist.bootstrap import ProcessInfo
+from records import RunFolder, run_of_checkpoint
+from strategies import DTYPES, STRATEGIES, Trainer, UsageError
+
+# Shells report a process that a signal ended as this much plus the number of the signal.
+EXIT_BY_SIGNAL = 128
+WRONG_USAGE = 2
+
+
+def main() -> int:
+    """Runs one training and returns the exit code."""
+    settings = parse()
+    ranks = ppsf_dist.init_process_group()
+    try:
+        received = _run(settings, ranks)
+        code = EXIT_BY_SIGNAL + received if received else 0
+    except UsageError as error:
+        code = WRONG_USAGE
+        if ranks.rank == 0:
+            print(f"train.py: error: {error}", file=sys.stderr)
+    dist.destroy_process_group()
+    return code
+
+
+def _run(settings: Settings, ranks: ProcessInfo) -> int:
+    strategy = settings.strategy or ("single" if ranks.world_size == 1 else "fsdp")
+    folder = RunFolder(settings.output)
+    checkpoint = _starting_point(settings, folder)
+    trainer = _place(settings, strategy, ranks)
+    first = trainer.load(checkpoint) if checkpoint else 0
+    if first >= settings.steps:
+        raise UsageError(f"{checkpoint} is at step {first}, so --steps {settings.steps} leaves nothing: raise it")
+    corpus = standard_library()
+    # Every rank has looked at the folder before rank 0 writes to it.
+    dist.barrier()
+    if ranks.rank == 0:
+        if not checkpoint:
+            folder.clear()
+        description = {
+            "settings": settings.fixed(),
+            "steps": settings.steps,
+            "strategy": strategy,
+            "ranks": ranks.world_size,
+            "device": ranks.device.type,
+            "parameters": sum(parameter.numel() for parameter in trainer.module.parameters()),
+            "train_bytes": len(corpus.train),
+            "validation_bytes": len(corpus.validation),
+            "corpus_sha256": corpus.sha256,
+            "unigram_entropy": corpus.unigram_entropy,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
+        folder.begin(description, after_step=first)
+    return Run(settings, ranks, trainer, corpus, folder).train(first)
+
+
+def _starting_point(settings: Settings, folder: RunFolder) -> Path | None:
+    """Returns the checkpoint to go on from, if any, after checking that it fits the settings."""
+    if settings.resume is None:
+        if folder.holds_a_run() and not settings.overwrite:
+            raise UsageError(
+                f"--output {folder.path} holds a run already: --resume goes on with it, --overwrite removes it, "
+                "another --output keeps it"
+            )
+        return None
+    if settings.resume == LAST:
+        found = folder.checkpoints()
+        if not found:
+            raise UsageError(f"--resume finds no checkpoint in --output {folder.path}: leave it out to start a new run")
+        checkpoint = found[-1]
+    else:
+        checkpoint = Path(settings.resume)
+        if not checkpoint.exists():
+            raise UsageError(f"--resume {checkpoint} does not exist: name one of the checkpoints/step-* of a run")
+    earlier = run_of_checkpoint(checkpoint).description().get("settings", {})
+    assert isinstance(earlier, dict)
+    changed = [
+        f"{name} was {earlier[name]} and is now {value}"
+        for name, value in settings.fixed().items()
+        if name in earlier and earlier[name] != value
+    ]
+    if changed:
+        raise UsageError(f"--resume {checkpoint}: {'; '.join(changed)}. Give the options that the run began with")
+    return checkpoint
+
+
+def _place(settings: Settings, strategy: str, ranks: ProcessInfo) -> Trainer:
+    torch.manual_seed(settings.seed)
+    model = ByteTransformer(settings.dim, settings.layers, settings.heads, settings.seq_len)
+    model.to(DTYPES[settings.dtype])
+
+    def make_optimizer(parameters: Iterable[nn.Parameter]) -> ProdigyPlusScheduleFree:
+        arguments: dict[str, object] = {"seed": settings.seed, **settings.opt}
+        try:
+            return ProdigyPlusScheduleFree(parameters, **arguments)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"--opt: {error}") from error
+
+    trainer = STRATEGIES[strategy](model, make_optimizer, ranks)
+    if settings.batch_size % trainer.data_ranks:
+        raise UsageError(
+            f"--batch-size {settings.batch_size} does not divide over {trainer.data_ranks} ranks: "
+            f"it counts the windows of all of them together, so give a multiple of {trainer.data_ranks}"
+        )
+    return trainer
+
+
+if __name__ == "__main__":
+    sys.exit(main())

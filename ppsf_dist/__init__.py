@@ -1,0 +1,7 @@
+"""Learning-rate-free, schedule-free training that does not depend on how the model is sharded."""
+
+from ppsf_dist.bootstrap import ProcessInfo, init_process_group
+from ppsf_dist.evaluation import averaged
+from ppsf_dist.optimizer import ProdigyPlusScheduleFree
+
+__all__ = ["ProcessInfo", "ProdigyPlusScheduleFree", "averaged", "init_process_group"]

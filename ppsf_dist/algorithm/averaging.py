@@ -1,0 +1,43 @@
+"""Schedule-Free averaging: the weight of a step in the average, and the moves between x, y and z.
+
+y is where gradients are taken (the parameter's buffer in train mode), z the base sequence, x their average, which is
+evaluated. Defazio et al., "The Road Less Scheduled", arXiv:2405.15682, equations 3-5.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def averaging_weight(
+    delta: Tensor, weight_sum: Tensor, beta1: Tensor, schedulefree_c: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight of this step in the average, for vectors over groups (fp64).
+
+    Args:
+        delta: step length d * lr (rectified).
+        weight_sum: sum of the squared step lengths so far.
+        beta1: interpolation between z and x.
+        schedulefree_c: 0, or the constant C of arXiv:2507.07101 that replaces ``1 / (1 - beta1)``.
+
+    Returns:
+        ``c`` (share of z in the new average), ``q = 1 - beta1 (1 - c)`` (share of the step that y takes at once), and
+        the new sum of weights.
+    """
+    weight = delta * delta
+    total = weight_sum + weight
+    c = torch.where(total > 0, weight / total.clamp_min(torch.finfo(total.dtype).tiny), torch.zeros_like(total))
+    scaled = (c * (1 - beta1) * schedulefree_c).clamp_max(1)
+    c = torch.where(schedulefree_c > 0, scaled, c)
+    return c, 1 - beta1 * (1 - c), total
+
+
+def train_to_eval_weight(beta1: float) -> float:
+    """Interpolation weight towards z that turns y into x: ``x = y + (1 - 1 / beta1) (z - y)``."""
+    return 1 - 1 / beta1
+
+
+def eval_to_train_weight(beta1: float) -> float:
+    """Interpolation weight towards z that turns x into y: ``y = x + (1 - beta1) (z - x)``."""
+    return 1 - beta1

@@ -1,0 +1,157 @@
+"""The step size d: Prodigy's estimate, and SPEED's.
+
+Prodigy compares, on every 11th element of each parameter, how far the gradients agree with the distance travelled
+(numerator) to how large they are in sum (denominator). Mishchenko and Defazio, arXiv:2306.06101, algorithm 4.
+SPEED is the reference's own replacement, described in its README.
+
+Functions on tiles return sums; functions on vectors over groups or parameters are fp64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SLICE = 11
+"""Every 11th element of the flattened logical parameter is sampled."""
+
+GROWTH_LIMIT = 2**0.25
+"""Largest factor by which d grows in one step with ``d_limiter=True``."""
+
+SPEED_FLOOR = 1e-8
+"""Smallest norms that SPEED divides by."""
+
+
+def statistics_dtype(gradient_dtype: torch.dtype, *, quirks: bool) -> torch.dtype:
+    """Dtype of the samples p0 and s.
+
+    The reference keeps them in bf16 when gradients are fp32, which rounds the starting point by 2^-9
+    (``docs/differences.md``, O1 and O2).
+    """
+    if not quirks:
+        return torch.float32
+    return torch.bfloat16 if gradient_dtype == torch.float32 else gradient_dtype
+
+
+def displacement(p0: Tensor, point: Tensor, stored: torch.dtype) -> Tensor:
+    """``p0 - point`` on the samples (fp32).
+
+    Args:
+        p0: the starting point, in its own dtype.
+        point: the current one, as fp32.
+        stored: dtype in which ``point`` is stored. The difference is rounded to the wider of the two dtypes.
+    """
+    difference = p0.float() - point
+    return difference.to(torch.promote_types(p0.dtype, stored)).float()
+
+
+def gradient_sum(s: Tensor, beta3: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
+    """``beta3 s + weight g`` on the samples, rounded to the dtype of ``s`` after each of its two operations."""
+    decayed = (s.float() * beta3).to(s.dtype)
+    return (decayed.float() + gradient.float() * weight).to(s.dtype)
+
+
+@dataclass
+class StepSize:
+    """What d depends on, as vectors over groups (fp64)."""
+
+    d: Tensor
+    d_numerator: Tensor
+    d_denom: Tensor
+    prev_d_numerator: Tensor
+    max_d_numerator: Tensor
+
+
+@dataclass(frozen=True)
+class StepSizeRule:
+    """The arguments of the rule, as vectors over groups (fp64, or bool for switches)."""
+
+    beta3: Tensor
+    d0: Tensor
+    d_coef: Tensor
+    d_limiter: Tensor
+    use_speed: Tensor
+    quirks: bool
+
+
+def prodigy_weight(d: Tensor, d0: Tensor) -> Tensor:
+    """Weight of a step's sums, ``d^2 / sqrt(d0)``."""
+    return d * d / d0.sqrt()
+
+
+def adapted(old: StepSize, numerator: Tensor, denominator: Tensor, rule: StepSizeRule) -> StepSize:
+    """The step size after one step.
+
+    Args:
+        old: before the step.
+        numerator, denominator: this step's weighted sums over all parameters of each group.
+        rule: the groups' arguments.
+    """
+    counts = (old.d > rule.d0) | (numerator > 0)
+    total = rule.beta3 * old.d_numerator + torch.where(counts, numerator, torch.zeros_like(numerator))
+    largest = torch.maximum(total, old.max_d_numerator)
+
+    estimate = total / denominator
+    if not rule.quirks:
+        estimate = rule.d_coef * estimate
+    limited = torch.minimum(GROWTH_LIMIT * old.d, estimate)
+    estimate = torch.where(rule.d_limiter, limited, estimate)
+    if rule.quirks:
+        # The reference multiplies after it has limited: d can then jump by d_coef * 2^(1/4), or never grow at all.
+        estimate = rule.d_coef * estimate
+    prodigy = torch.where(denominator > 0, torch.maximum(old.d, estimate), old.d)
+
+    progress = (total >= largest) & (total > 0) & (old.d_numerator > 0)
+    ratio = torch.where(progress, total / old.d_numerator, torch.ones_like(total)).clamp_min(0).sqrt()
+    grown = old.d * ratio.clamp_max(GROWTH_LIMIT) * rule.d_coef**0.125
+    speed = torch.where(progress, torch.maximum(old.d, grown), old.d)
+    return StepSize(
+        d=torch.where(rule.use_speed, speed, prodigy),
+        d_numerator=total,
+        d_denom=denominator,
+        prev_d_numerator=old.d_numerator,
+        max_d_numerator=largest,
+    )
+
+
+@dataclass
+class SpeedState:
+    """SPEED's memory, as vectors over parameters (fp64 holding fp32 values)."""
+
+    exp_avg_x0_dot: Tensor
+    max_x0_minus_l1_norm: Tensor
+    max_x0_minus_l2_norm: Tensor
+
+
+def speed_contribution(
+    old: SpeedState, first: Tensor, dot: Tensor, l1: Tensor, l2: Tensor, k: Tensor, weight: Tensor
+) -> tuple[SpeedState, Tensor, Tensor]:
+    """SPEED's share of each parameter in its group's sums.
+
+    Args:
+        old: memory before the step.
+        first: true where a parameter has no memory yet.
+        dot: sum of ``g (p0 - point)`` over the samples.
+        l1, l2: norms of ``p0 - point`` over the samples.
+        k: 1-based step of the parameter's group.
+        weight: ``d^2 / sqrt(d0)`` of the group.
+
+    Returns:
+        The new memory, the share in the numerator, and the share in the denominator (which is only reported).
+    """
+    decay = 1 - k**-0.75
+    average = torch.where(first, dot, decay * old.exp_avg_x0_dot + (1 - decay) * dot)
+    state = SpeedState(
+        exp_avg_x0_dot=average.float().double(),
+        max_x0_minus_l1_norm=torch.maximum(l1, old.max_x0_minus_l1_norm.clamp_min(SPEED_FLOOR)),
+        max_x0_minus_l2_norm=torch.maximum(l2, old.max_x0_minus_l2_norm.clamp_min(SPEED_FLOOR)),
+    )
+    share = weight / (1 + state.max_x0_minus_l2_norm).square() * state.exp_avg_x0_dot / state.max_x0_minus_l1_norm
+    return state, share, state.max_x0_minus_l2_norm
+
+
+def harmonic_mean(d: Tensor) -> Tensor:
+    """Harmonic mean over groups, the step size of all groups with ``split_groups_mean=True``."""
+    return d.numel() / (1 / d).sum()

@@ -1,0 +1,1 @@
+"""FSDP2 and every other layout made of DTensors."""

@@ -1,0 +1,136 @@
+"""The factored second moments of all parameters: one flat fp32 buffer, whole and equal on every rank.
+
+Each factored parameter has its row means R and column means C somewhere in the buffer. They are tiny, so every rank
+keeps all of them: then every layout is the same case, and a new layout finds them as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ppsf_dist.algorithm import second_moment
+from ppsf_dist.algorithm.second_moment import Factoring
+from ppsf_dist.sharding import Box
+
+
+@dataclass(frozen=True)
+class FactoredSlot:
+    """Where one parameter's R and C lie in the buffer."""
+
+    factoring: Factoring
+    row: slice
+    col: slice
+
+
+class FactoredMoments:
+    """The buffer and everything about it that does not change from step to step.
+
+    Args:
+        slots: for each parameter its factoring, whether its means follow the reference's axis (``quirks``), and the
+            dtype in which its moments are kept; None where it is not factored.
+        device: of the buffer.
+    """
+
+    def __init__(
+        self, slots: Sequence[tuple[Factoring, bool, torch.dtype] | None], device: torch.device | None
+    ) -> None:
+        self.slots: list[FactoredSlot | None] = []
+        slot_of, inverse_n, low_precision = [], [], []
+        ordered, lengths, cell_of, own_mean, row_index = [], [], [], [], []
+        start = cells = 0
+        for index, slot in enumerate(slots):
+            if slot is None:
+                self.slots.append(None)
+                continue
+            axes, quirks, dtype = slot
+            rows, cols = math.prod(axes.row_shape), math.prod(axes.col_shape)
+            placed = FactoredSlot(axes, slice(start, start + rows), slice(start + rows, start + rows + cols))
+            self.slots.append(placed)
+            slot_of.append(torch.full((rows + cols,), index))
+            inverse_n.append(torch.full((rows,), 1 / axes.shape[axes.dr]))
+            inverse_n.append(torch.full((cols,), 1 / axes.shape[axes.dc]))
+            low_precision.append(torch.full((rows + cols,), dtype == torch.bfloat16))
+            index_of_row = torch.arange(start, start + rows).view(axes.row_shape)
+            row_index.append(index_of_row.reshape(-1))
+            mean_axis = axes.mean_axis(quirks=quirks)
+            n = axes.row_shape[mean_axis]
+            by_cell = index_of_row.movedim(mean_axis, -1).reshape(-1, n)
+            own_mean.append(torch.full((rows,), n == 1))
+            cell_shape = [1 if a == mean_axis else size for a, size in enumerate(axes.row_shape)]
+            if n == 1:
+                cell_of.append(torch.zeros(rows, dtype=torch.int64))
+            else:
+                cell = torch.arange(cells, cells + len(by_cell)).view(cell_shape).expand(axes.row_shape)
+                cell_of.append(cell.reshape(-1))
+                ordered.append(by_cell.reshape(-1))
+                lengths.append(torch.full((len(by_cell),), n))
+                cells += len(by_cell)
+            start += rows + cols
+
+        def joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+            return (torch.cat(parts) if parts else torch.empty(0)).to(dtype=dtype, device=device)
+
+        self.values = torch.zeros(start, dtype=torch.float32, device=device)
+        self.slot_of = joined(slot_of, torch.int64)
+        self._inverse_n = joined(inverse_n, torch.float32)
+        low = joined(low_precision, torch.bool)
+        self._low_precision = low if start and bool(low.any()) else None
+        self._rows = joined(row_index, torch.int64)
+        self._own_mean = joined(own_mean, torch.bool)
+        self._cell_of = joined(cell_of, torch.int64)
+        self._ordered = joined(ordered, torch.int64)
+        self._lengths = joined(lengths, torch.int64)
+
+    def __len__(self) -> int:
+        return self.values.numel()
+
+    def updated(self, sums: Tensor, beta2: Tensor, weight: Tensor) -> Tensor:
+        """The moments after this step, into new memory.
+
+        Args:
+            sums: sums of g^2 over dr and dc of the whole parameters, in the order of the buffer.
+            beta2, weight: decay of the moment and weight of the square, vectors over parameters (fp32).
+        """
+        square = sums * self._inverse_n
+        beta2, weight = beta2[self.slot_of], weight[self.slot_of]
+        new = second_moment.ema_(self.values.clone(), beta2, weight, square)
+        if self._low_precision is not None:
+            low = second_moment.ema_low_precision(self.values.bfloat16(), beta2, weight, square).float()
+            new = torch.where(self._low_precision, low, new)
+        return new
+
+    def factors(self, moments: Tensor) -> Tensor:
+        """Square roots that multiply to the denominator: sqrt(R / mean R) at the rows, sqrt(C) at the columns."""
+        factors = moments.sqrt()
+        rows = moments.index_select(0, self._rows)
+        if self._lengths.numel():
+            by_cell = moments.index_select(0, self._ordered).double()
+            means = torch.segment_reduce(by_cell, "mean", lengths=self._lengths, unsafe=True).float()
+            mean = torch.where(self._own_mean, rows, means.index_select(0, self._cell_of))
+        else:
+            mean = rows
+        return factors.index_copy_(0, self._rows, second_moment.row_scale(rows, mean))
+
+    def indices(self, slot: int, box: Box) -> tuple[Tensor, Tensor]:
+        """Where the rows and columns that a box touches lie in the buffer, in the box's shape (1 along dr, dc)."""
+        placed = self.slots[slot]
+        assert placed is not None
+        axes = placed.factoring
+        device = self.values.device
+
+        def of(shape: tuple[int, ...], kept: slice, collapsed: int) -> Tensor:
+            offset = tuple(0 if a == collapsed else o for a, o in enumerate(box.offset))
+            size = tuple(1 if a == collapsed else n for a, n in enumerate(box.size))
+            return Box(shape, offset, size).flat_index(device).add_(kept.start).view(size)
+
+        return of(axes.row_shape, placed.row, axes.dr), of(axes.col_shape, placed.col, axes.dc)
+
+    def commit(self, new: Tensor, gate: Tensor) -> None:
+        """Take over the moments of the parameters whose gate (bool vector over parameters) is open."""
+        if len(self):
+            self.values.copy_(torch.where(gate[self.slot_of], new, self.values))

@@ -1,0 +1,364 @@
+"""ProdigyPlusScheduleFree: the arguments, and a step as the picture in the README shows it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ppsf_dist import checkpoint
+from ppsf_dist.adapters import find_shards, find_team
+from ppsf_dist.algorithm import averaging
+from ppsf_dist.kernels.eager import EagerKernels
+from ppsf_dist.kernels.interface import Stat
+from ppsf_dist.options import ARGUMENTS, Switches, validate_group, validate_together
+from ppsf_dist.plan import Plan
+from ppsf_dist.scalars import StepNumbers, initial_numbers
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+class ProdigyPlusScheduleFree(Optimizer):
+    """Prodigy's step size, Schedule-Free averaging and factored second moments: no learning rate, no schedule.
+
+    The result does not depend on how parameters are sharded: give it the parameters of a model on one device, under
+    DDP, or under ``fully_shard``, and d and the weights are those of one process.
+
+    Call :meth:`train` before training and :meth:`eval` before evaluating or saving weights, where you call the model's,
+    or evaluate inside :func:`ppsf_dist.averaged`.
+
+    Every argument except ``params`` and those after the star can be set for each parameter group; ``split_groups``,
+    ``split_groups_mean`` and ``fused_back_pass`` must agree.
+
+    Args:
+        params: parameters, named parameters, or groups of them.
+        lr: multiplies d. Leave it at 1.0; a schedule may change it.
+        betas: ``(beta1, beta2)``: interpolation of Schedule-Free (or the decay of momentum without it), and decay of
+            the second moment.
+        beta3: decay of Prodigy's sums; None for sqrt(beta2).
+        weight_decay: decay of the weights.
+        weight_decay_by_lr: scale the decay by d * lr.
+        d0: first step size.
+        d_coef: multiplies the estimate of d.
+        d_limiter: let d grow by at most 2^(1/4) in a step.
+        prodigy_steps: stop adapting d after this many steps and free the memory for it; 0 for never.
+        schedulefree_c: 0, or the C of refined Schedule-Free (arXiv:2507.07101), for large batches or long runs.
+        eps: added to the denominator, times d; None for the atan2 form without one.
+        split_groups: a step size for each parameter group.
+        split_groups_mean: step by the harmonic mean of the groups' step sizes.
+        factored: keep second moments as row and column means where a dimension is at least 32.
+        factored_fp32: keep those means in fp32 whatever the dtype of the parameter.
+        use_bias_correction: RAdam's rectification instead of none.
+        use_stableadamw: bound the size of the update.
+        use_schedulefree: average instead of a schedule; without it, momentum.
+        use_speed: SPEED's rule for d.
+        stochastic_rounding: round bf16 parameters stochastically.
+        fused_back_pass: ``step()`` does nothing, because the parameters are stepped during the backward pass.
+        use_cautious, use_grams, use_adopt, use_orthograd, use_focus: variants of the update.
+        decouple_lr: former name of ``not weight_decay_by_lr``; deprecated.
+        reference_quirks: reproduce the oddities of the reference listed in ``docs/differences.md``.
+        process_group: ranks that share the step size. Default: all that the parameters live on. Needed only where a
+            rank holds no piece of some parameters, as in pipeline stages.
+        seed: of stochastic rounding.
+
+    Raises:
+        ValueError: an argument is out of range, or groups disagree where they must not.
+
+    Sources: Mishchenko and Defazio, arXiv:2306.06101 (Prodigy); Defazio et al., arXiv:2405.15682 (Schedule-Free);
+    Shazeer and Stern, arXiv:1804.04235 (factored moments); prodigy-plus-schedule-free 2.0.1 (their union, SPEED).
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.99),
+        beta3: float | None = None,
+        weight_decay: float = 0.0,
+        weight_decay_by_lr: bool = True,
+        d0: float = 1e-6,
+        d_coef: float = 1.0,
+        d_limiter: bool = True,
+        prodigy_steps: int = 0,
+        schedulefree_c: float = 0,
+        eps: float | None = 1e-8,
+        split_groups: bool = True,
+        split_groups_mean: bool = False,
+        factored: bool = True,
+        factored_fp32: bool = True,
+        use_bias_correction: bool = False,
+        use_stableadamw: bool = True,
+        use_schedulefree: bool = True,
+        use_speed: bool = False,
+        stochastic_rounding: bool = True,
+        fused_back_pass: bool = False,
+        use_cautious: bool = False,
+        use_grams: bool = False,
+        use_adopt: bool = False,
+        use_orthograd: bool = False,
+        use_focus: bool = False,
+        *,
+        decouple_lr: bool | None = None,
+        reference_quirks: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        seed: int = 0,
+    ) -> None:
+        given = locals()
+        defaults = {name: given[name] for name in ARGUMENTS} | {"reference_quirks": reference_quirks}
+        if decouple_lr is not None:
+            warnings.warn(
+                f"decouple_lr={decouple_lr} is deprecated: pass weight_decay_by_lr={not decouple_lr}",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            defaults["weight_decay_by_lr"] = not decouple_lr
+        validate_group(defaults, lr_may_be_zero=False)
+        self._process_group = process_group
+        self._seed = seed
+        self._plan: Plan | None = None
+        self._kernels = EagerKernels()
+        super().__init__(params, defaults)
+        validate_together(self.param_groups)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its arguments default to the optimizer's. Possible at any time.
+
+        Raises:
+            ValueError: an argument is out of range or does not fit the other groups; nothing is added then.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            validate_group(group)
+            validate_together(self.param_groups)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        for name, value in initial_numbers(group).items():
+            group.setdefault(name, value)
+        group.setdefault("train_mode", self.param_groups[0].get("train_mode", True))
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step on all parameters that have a gradient.
+
+        If any gradient element on any rank is not finite, nothing changes on any rank and :attr:`skipped_steps` grows.
+
+        Raises:
+            RuntimeError: the optimizer is in eval mode.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if any(group["use_schedulefree"] and not group["train_mode"] for group in self.param_groups):
+            raise RuntimeError(
+                "step() was called while the parameters hold the averaged weights: call optimizer.train() after "
+                "evaluating, before the next forward pass"
+            )
+        fresh = not self.state
+        plan = self._current_plan()
+        if plan is None or (fresh and self._creates_state_only(plan)):
+            return loss
+        self._step(plan)
+        return loss
+
+    def _step(self, plan: Plan) -> None:
+        """The picture: pass 1, reduce 1, moments, pass 2, reduce 2, pass 3, d for the next step."""
+        kernels, works, team, moments = self._kernels, plan.works, plan.team, plan.moments
+        sums, stats = plan.sums, plan.stats
+        plan.capture_unseen()
+        plan.begin()
+        plan.numbers.absorb(self.param_groups)
+        numbers = StepNumbers(plan.numbers, plan.parameters, plan.traits, self.param_groups, self._seed)
+        coefficients = numbers.coefficients
+
+        factors = moments.factors(moments.values) if plan.adopts else moments.values
+        kernels.pass_1(works, coefficients, factors, sums, stats)
+
+        early = plan.reduces_sums_early
+        if early:
+            team.sum_(sums) if plan.needs_norms else team.sum_(sums, stats)
+            new_moments = numbers.moments(moments, sums)
+            factors = numbers.factors(moments, new_moments)
+
+        if plan.needs_norms:
+            kernels.pass_2(works, coefficients, factors, stats)
+        if plan.needs_norms or not early:
+            team.sum_(stats) if early or not len(moments) else team.sum_(stats, sums)
+        if not early:
+            new_moments = numbers.moments(moments, sums)
+
+        scales = numbers.scales(stats)
+        if plan.counts_masks_late:
+            mask_stats = torch.zeros_like(stats)
+            kernels.count_masks(works, coefficients, factors, scales, mask_stats)
+            counts = mask_stats[:, Stat.LATE_MASK].clone()
+            team.sum_(counts)
+            stats[:, Stat.LATE_MASK] = counts
+            scales = numbers.scales(stats)
+
+        gates = numbers.gates(stats)
+        moments.commit(new_moments, gates.moments)
+        kernels.pass_3(works, coefficients, factors, scales, gates, numbers.keys)
+        numbers.commit(stats, gates)
+        plan.numbers.publish(self.param_groups, wait=False)
+
+    def _current_plan(self) -> Plan | None:
+        """The plan for the parameters as they are now, made anew if they or their switches have changed."""
+        signature: list[object] = []
+        trainable: list[Tensor] = []
+        groups_of: list[int] = []
+        switches = []
+        for index, group in enumerate(self.param_groups):
+            frozen = group["prodigy_steps"] > 0 and group["k"] >= group["prodigy_steps"]
+            switches.append(Switches.of(group, statistics=not frozen))
+            for param in group["params"]:
+                if param.requires_grad:
+                    trainable.append(param)
+                    groups_of.append(index)
+                    signature.append((id(param), index, param.device, param.dtype))
+        key = (tuple(signature), tuple(switches))
+        if self._plan is not None and self._plan.signature == key:
+            return self._plan
+        if not trainable:
+            return None
+        team = None if self._plan is None else self._plan.team
+        self._settle()
+        shards = find_shards(trainable, self._process_group)
+        team = find_team(shards, self._process_group) if team is None else team
+        self._plan = Plan(shards, groups_of, self.param_groups, switches, team, self.state, key)
+        return self._plan
+
+    def _creates_state_only(self, plan: Plan) -> bool:
+        """Whether this is the step with lr 0 and zero gradients that distributed checkpoints make to create state."""
+        if any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        total = torch.zeros(1, dtype=torch.float64, device=plan.stats.device)
+        for shard in plan.shards:
+            gradient = shard.gradient()
+            if gradient is not None:
+                total += (gradient != 0).any()
+        plan.team.sum_(total)
+        return bool(total == 0)
+
+    def _settle(self) -> None:
+        """Write everything that lives on the device into ``state`` and ``param_groups``. Waits for the device."""
+        if self._plan is not None:
+            self._plan.settle()
+            self._plan.numbers.absorb(self.param_groups)
+            self._plan.numbers.publish(self.param_groups, wait=True)
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Put the averaged weights x into the parameters. Does nothing if they are there already.
+
+        Raises:
+            ValueError: ``betas[0]`` is 0, where the average cannot be recovered.
+        """
+        for index, group in enumerate(self.param_groups):
+            if group["use_schedulefree"] and group["betas"][0] == 0:
+                raise ValueError(
+                    f"betas[0]=0 in parameter group {index}: with use_schedulefree=True the average x can only be "
+                    "recovered from y and z if betas[0] > 0; use betas=(0.9, ...), or use_schedulefree=False"
+                )
+        self._switch(train=False)
+
+    @torch.no_grad()
+    def train(self, mode: bool = True) -> None:
+        """Put the training weights y into the parameters. Does nothing if they are there already.
+
+        Args:
+            mode: False means :meth:`eval`.
+        """
+        if not mode:
+            self.eval()
+            return
+        self._switch(train=True)
+
+    def _switch(self, *, train: bool) -> None:
+        changing = [g for g in self.param_groups if g["use_schedulefree"] and g["train_mode"] != train]
+        for group in self.param_groups:
+            group["train_mode"] = train
+        if not changing:
+            return
+        self._settle()
+        shards = {} if self._plan is None else {shard.param: shard for shard in self._plan.shards}
+        if self._plan is None and self.state:
+            found = find_shards([p for p in self.state], self._process_group)
+            shards = {shard.param: shard for shard in found}
+        for group in changing:
+            beta1 = group["betas"][0]
+            weight = averaging.eval_to_train_weight(beta1) if train else averaging.train_to_eval_weight(beta1)
+            for param in group["params"]:
+                state = self.state.get(param)
+                if state and state.get("step") and "z" in state:
+                    checkpoint.interpolate(shards[param].weights(), state, weight, train, group["reference_quirks"])
+
+    def get_d(self) -> list[float]:
+        """The step size d of each parameter group. Waits for the device."""
+        self._settle()
+        return [group["d"] for group in self.param_groups]
+
+    def get_d_estimate(self) -> float:
+        """The step size in use; the largest where groups differ. Waits for the device."""
+        return max(self.get_d())
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps changed nothing because a gradient was not finite. Waits for the device."""
+        self._settle()
+        return int(self.param_groups[0]["skipped_steps"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state for a checkpoint: plain numbers and tensors that fit every layout.
+
+        Under a sharded layout every rank must call it.
+        """
+        self._settle()
+        state_dict = super().state_dict()
+        packed = [p for group in self.param_groups for p in group["params"]]
+        shards = find_shards([p for p in packed if p in self.state], self._process_group)
+        by_param = {shard.param: shard for shard in shards}
+        state_dict["state"] = {
+            index: checkpoint.to_portable(by_param[param], self.state[param])
+            for index, param in enumerate(packed)
+            if param in self.state
+        }
+        return state_dict
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of any layout, or of prodigy-plus-schedule-free 2.0.1.
+
+        Raises:
+            ValueError: the checkpoint does not fit; the message names the parameter and the key. Nothing is changed.
+        """
+        packed = [p for group in self.param_groups for p in group["params"]]
+        trainable = find_shards(packed, self._process_group) if packed else []
+        loaded = checkpoint.read_state(state_dict, trainable, self.param_groups)
+        groups = checkpoint.read_groups(state_dict, self.param_groups)
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        self._plan = None
+        for param, entries in loaded.items():
+            self.state[param] = entries
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return {**self.__dict__, "_plan": None, "_kernels": None, "_process_group": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None
+        self._kernels = EagerKernels()

@@ -1,0 +1,167 @@
+"""Everything about a set of shards that does not change from step to step, prepared once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppsf_dist.algorithm.second_moment import factoring
+from ppsf_dist.algorithm.step_size import statistics_dtype
+from ppsf_dist.kernels.interface import Stat
+from ppsf_dist.moments import FactoredMoments
+from ppsf_dist.options import Switches
+from ppsf_dist.scalars import PARAMETER_NUMBERS, Group, GroupNumbers, Traits
+from ppsf_dist.sharding import Shard, Team
+from ppsf_dist.sharding.slots import agree_on_slots
+from ppsf_dist.work import plan_work, sample_count, sample_indices
+
+State = dict[Tensor, dict[str, Any]]
+
+
+def settings_of(switches: Switches) -> tuple[tuple[str, object], ...]:
+    """A group's switches in a form that ranks can compare."""
+    return tuple(sorted(vars(switches).items()))
+
+
+class Plan:
+    """Shards, their slots, the flat buffers, and the work for the kernels.
+
+    Building one creates state where it is missing and compares parameters and arguments between ranks; both wait.
+
+    Args:
+        shards: the local shards of all trainable parameters, in the order of ``param_groups``.
+        groups_of: the group of each shard.
+        groups: the parameter groups.
+        switches: of each group.
+        team: the ranks that share sums.
+        state: the optimizer's state, completed in place.
+        signature: what this plan was built from.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        groups_of: Sequence[int],
+        groups: Sequence[Group],
+        switches: Sequence[Switches],
+        team: Team,
+        state: State,
+        signature: Hashable,
+    ) -> None:
+        self.signature, self.team, self.shards, self.switches = signature, team, list(shards), list(switches)
+        table = agree_on_slots(shards, groups_of, [settings_of(s) for s in switches], team)
+        self.slots, self.slot_of_shard = table.slots, table.of_shard
+        device = shards[0].weights().device
+        factored = []
+        for slot in table.slots:
+            switch = switches[slot.group]
+            axes = factoring(slot.shape) if switch.factored else None
+            dtype = torch.float32 if switch.factored_fp32 else getattr(torch, slot.dtype.removeprefix("torch."))
+            factored.append(None if axes is None else (axes, switch.quirks, dtype))
+        self.moments = FactoredMoments(factored, device)
+        self.sums = torch.zeros(len(self.moments), dtype=torch.float32, device=device)
+        self.stats = torch.zeros(len(table.slots), len(Stat), dtype=torch.float64, device=device)
+        self.parameters = torch.zeros(len(PARAMETER_NUMBERS), len(table.slots), dtype=torch.float64, device=device)
+        self.numbers = GroupNumbers(groups, device)
+        self.traits = Traits.of(table, switches, device)
+        for shard, index, group in zip(shards, self.slot_of_shard, groups_of, strict=True):
+            self._complete_state(shard, index, switches[group], state[shard.param])
+        switch_of = [switches[group] for group in groups_of]
+        self.works = plan_work(shards, self.slot_of_shard, switch_of, self.moments, state)
+        self._state = state
+        self._unseen = [
+            (shard, slot)
+            for shard, slot in zip(shards, self.slot_of_shard, strict=True)
+            if not state[shard.param]["step"]
+        ]
+        self._present: tuple[tuple[bool, ...], Tensor] | None = None
+        self.reduces_sums_early = any(
+            f is not None and not switches[s.group].adopt for f, s in zip(factored, table.slots, strict=True)
+        )
+        self.adopts = bool(len(self.moments)) and any(switches[s.group].adopt for s in table.slots)
+        self.needs_norms = any(switches[s.group].needs_norms for s in table.slots)
+        self.counts_masks_late = any(switches[s.group].counts_mask_late for s in table.slots)
+
+    def _complete_state(self, shard: Shard, slot: int, switches: Switches, state: dict[str, Any]) -> None:
+        """Add the state that a parameter lacks, and move its factored moments into the flat buffer."""
+        weights = shard.weights()
+        if switches.schedulefree and "z" not in state:
+            state["z"] = weights.clone()
+        if not switches.schedulefree and "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(weights)
+        placed = self.moments.slots[slot]
+        if placed is None:
+            if "exp_avg_sq" not in state:
+                state["exp_avg_sq"] = torch.zeros_like(weights)
+        else:
+            axes = placed.factoring
+            for name, where, shape in (
+                ("exp_avg_sq_row", placed.row, axes.row_shape),
+                ("exp_avg_sq_col", placed.col, axes.col_shape),
+            ):
+                view = self.moments.values[where].view(shape)
+                if name in state:
+                    view.copy_(state[name])
+                state[name] = view
+        if switches.statistics:
+            dtype = statistics_dtype(weights.dtype, quirks=switches.quirks)
+            if "p0" not in state:
+                state["p0"] = samples_of(shard, weights).to(dtype)
+            if not switches.speed and "s" not in state:
+                state["s"] = torch.zeros(sample_count(shard), dtype=dtype, device=weights.device)
+        else:
+            state.pop("p0", None)
+            state.pop("s", None)
+        for row, name in zip(self.parameters, PARAMETER_NUMBERS, strict=True):
+            value = state.setdefault(name, 0.0)
+            if value:
+                row[slot] = value
+
+    def capture_unseen(self) -> None:
+        """Let parameters that have not had a gradient yet start from where they are now."""
+        if not self._unseen:
+            return
+        steps = self.parameters[0]
+        if steps.device.type == "cpu":
+            known = steps.tolist()
+            self._unseen = [(shard, slot) for shard, slot in self._unseen if not known[slot]]
+        for shard, slot in self._unseen:
+            state, weights, seen = self._state[shard.param], shard.weights(), steps[slot] > 0
+            if "z" in state:
+                state["z"].copy_(torch.where(seen, state["z"], weights))
+            if "p0" in state:
+                now = samples_of(shard, weights).to(state["p0"].dtype)
+                state["p0"].copy_(torch.where(seen, state["p0"], now))
+        if steps.device.type != "cpu":
+            self._unseen = [(s, slot) for s, slot in self._unseen if s.gradient() is None]
+
+    def begin(self) -> None:
+        """Empty the buffers of the step and note which gradients are here."""
+        self.sums.zero_()
+        self.stats.zero_()
+        present = tuple(shard.gradient() is not None for shard in self.shards)
+        if self._present is None or self._present[0] != present:
+            column = torch.zeros(len(self.slots), dtype=torch.float64)
+            for slot, is_here in zip(self.slot_of_shard, present, strict=True):
+                column[slot] = float(is_here)
+            self._present = (present, column.to(self.stats.device))
+        self.stats[:, Stat.PRESENT] = self._present[1]
+
+    def settle(self) -> None:
+        """Bring the numbers of each parameter into its state, as plain numbers. Waits for the device."""
+        table = self.parameters.tolist()
+        for shard, slot in zip(self.shards, self.slot_of_shard, strict=True):
+            for name, row in zip(PARAMETER_NUMBERS, table, strict=True):
+                self._state[shard.param][name] = row[slot]
+
+
+def samples_of(shard: Shard, local: Tensor) -> Tensor:
+    """Every 11th element of the logical parameter, as far as it lies in this shard."""
+    parts = [
+        view.reshape(-1)[sample_indices(box).to(local.device)]
+        for box, view in zip(shard.boxes, shard.views(local), strict=True)
+    ]
+    return torch.cat(parts) if parts else local.new_empty(0)

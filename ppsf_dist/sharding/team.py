@@ -1,0 +1,64 @@
+"""The ranks that share one optimizer's sums, and the one place where a collective is called in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Team:
+    """Ranks whose shards together make up the parameters of one optimizer.
+
+    Args:
+        group: their process group, or None for a process alone: every reduction is then free.
+        device: where reductions run. Differs from the parameters' device when these are offloaded to the CPU of an
+            accelerator job.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> None:
+        self.group = group
+        self.device = device
+        self.ranks: tuple[int, ...] = tuple(dist.get_process_group_ranks(group)) if group is not None else ()
+
+    @property
+    def is_alone(self) -> bool:
+        return len(self.ranks) <= 1
+
+    def sum_(self, *tensors: Tensor) -> None:
+        """Sum tensors over the team, in place, in one all-reduce.
+
+        Several tensors travel in one buffer of the widest dtype among them.
+        """
+        if self.is_alone or not tensors:
+            return
+        if len(tensors) == 1 and (self.device is None or tensors[0].device == self.device):
+            dist.all_reduce(tensors[0], group=self.group)
+            return
+        dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        flat = torch.cat([t.reshape(-1).to(device=self.device, dtype=dtype) for t in tensors])
+        dist.all_reduce(flat, group=self.group)
+        start = 0
+        for tensor in tensors:
+            tensor.copy_(flat[start : start + tensor.numel()].view(tensor.shape))
+            start += tensor.numel()
+
+    def gather(self, value: object) -> list[object]:
+        """Every rank's picklable value, in the order of :attr:`ranks`. Waits for the host: not for use in a step."""
+        if self.is_alone:
+            return [value]
+        values: list[object] = [None] * len(self.ranks)
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+
+def team_of_ranks(ranks: Sequence[int], device: torch.device | None = None) -> Team:
+    """The team of the given global ranks. Collective over those ranks when no existing group fits."""
+    if len(ranks) <= 1:
+        return Team(None)
+    if len(ranks) == dist.get_world_size():
+        return Team(dist.group.WORLD, device)
+    group = dist.new_group(sorted(ranks), use_local_synchronization=True)
+    return Team(group, device)

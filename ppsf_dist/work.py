@@ -1,0 +1,239 @@
+"""The local shards, cut and stacked into work for the kernels.
+
+A large tensor is walked in tiles that fit a cache; small tensors of equal shape are stacked and computed as one.
+Either way a kernel sees a list of equally shaped pieces and the switches they share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppsf_dist.algorithm import rounding
+from ppsf_dist.algorithm.step_size import SLICE
+from ppsf_dist.moments import FactoredMoments
+from ppsf_dist.options import Switches
+from ppsf_dist.sharding import Box, Shard
+from ppsf_dist.sharding.geometry import Shape
+
+TILE_NUMEL = 1 << 17
+"""Elements of a tile: a handful of fp32 temporaries of this size stay in a core's second- or third-level cache."""
+
+STACK_NUMEL = 1 << 15
+"""Tensors up to this size are stacked with others of their shape."""
+
+State = Mapping[Tensor, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tile of the pieces of a :class:`Work`, and the samples that lie in it.
+
+    Attributes:
+        start, size: the tile as a box relative to the piece.
+        full: whether it is the whole piece.
+        samples: its part of the piece's samples.
+        phase: first sampled element; the others follow at a distance of 11 (unless ``index`` says otherwise).
+        index: positions of the sampled elements, where they are not evenly spaced.
+        offset: distance in the flattened parameter from the piece's first element to the tile's.
+        relative: the same from the tile's first element to each, where they are not consecutive (int32).
+    """
+
+    start: Shape
+    size: Shape
+    full: bool
+    samples: slice
+    phase: int
+    index: Tensor | None
+    offset: int
+    relative: Tensor | None
+
+    def cut(self, pieces: list[Tensor]) -> list[Tensor]:
+        """The tile of each piece."""
+        return pieces if self.full else [self._narrow(piece) for piece in pieces]
+
+    def cut_axes(self, vectors: Tensor) -> Tensor:
+        """The tile of row or column vectors shaped ``(pieces, *box)`` with collapsed axes."""
+        if self.full:
+            return vectors
+        for axis, (start, n) in enumerate(zip(self.start, self.size, strict=True)):
+            if vectors.shape[axis + 1] != 1:
+                vectors = vectors.narrow(axis + 1, start, n)
+        return vectors
+
+    def sampled(self, stacked: Tensor) -> Tensor:
+        """Every 11th element (by its index in the logical parameter) of ``(pieces, *size)``, as ``(pieces, m)``."""
+        flat = stacked.reshape(stacked.shape[0], -1)
+        return flat[:, self.phase :: SLICE] if self.index is None else flat.index_select(1, self.index)
+
+    def _narrow(self, piece: Tensor) -> Tensor:
+        for axis, (start, n) in enumerate(zip(self.start, self.size, strict=True)):
+            if n != piece.shape[axis]:
+                piece = piece.narrow(axis, start, n)
+        return piece
+
+
+@dataclass
+class Work:
+    """Equally shaped pieces of different parameters that share their switches."""
+
+    switches: Switches
+    size: Shape
+    boxes: list[Box]
+    shards: list[Shard]
+    positions: list[int]
+    slots: list[int]
+    tiles: list[Tile]
+    flat: bool
+    row_axis: int | None = None
+    col_axis: int | None = None
+    slot_index: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    starts: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    row_index: Tensor | None = None
+    col_index: Tensor | None = None
+    states: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def pieces(self, locals_: Sequence[Tensor]) -> list[Tensor]:
+        """This work's pieces of one local tensor for each of its shards."""
+        return [self._piece(shard, i, t) for shard, i, t in zip(self.shards, self.positions, locals_, strict=True)]
+
+    def weights(self) -> list[Tensor]:
+        return self.pieces([shard.weights() for shard in self.shards])
+
+    def gradients(self) -> list[Tensor | None]:
+        gradients = [shard.gradient() for shard in self.shards]
+        return [
+            None if g is None else self._piece(shard, i, g)
+            for shard, i, g in zip(self.shards, self.positions, gradients, strict=True)
+        ]
+
+    def _piece(self, shard: Shard, position: int, local: Tensor) -> Tensor:
+        view = shard.views(local)[position]
+        return view.reshape(self.size) if self.flat else view
+
+    @property
+    def owned(self) -> bool:
+        return self.shards[0].owner
+
+
+def sample_indices(box: Box) -> Tensor:
+    """Positions in a box (in its order) of the elements whose logical index is a multiple of 11."""
+    if box.is_flat:
+        return torch.arange(-box.flat_start % SLICE, box.numel, SLICE)
+    return (box.flat_index() % SLICE == 0).nonzero().view(-1)
+
+
+def sample_count(shard: Shard) -> int:
+    """How many elements of a shard are sampled."""
+    return sum(_count(box) for box in shard.boxes)
+
+
+def _count(box: Box) -> int:
+    return len(range(-box.flat_start % SLICE, box.numel, SLICE)) if box.is_flat else len(sample_indices(box))
+
+
+def plan_work(
+    shards: Sequence[Shard],
+    slots: Sequence[int],
+    switches: Sequence[Switches],
+    moments: FactoredMoments,
+    state: State,
+) -> list[Work]:
+    """Group the pieces of the local shards into work.
+
+    Args:
+        shards: the local shards, with their slot and switches each.
+        moments: the factored buffer, which knows the parameters that it holds.
+        state: state tensors of each parameter, laid out like its local weights (``p0`` and ``s``: one value for each
+            sample).
+    """
+    batches: dict[object, list[Work]] = {}
+    works: list[Work] = []
+    for shard, slot, switch in zip(shards, slots, switches, strict=True):
+        placed = moments.slots[slot]
+        local = shard.weights()
+        first_sample = 0
+        for position, box in enumerate(shard.boxes):
+            flat = placed is None and box.is_flat and local.is_contiguous()
+            size = (box.numel,) if flat else box.size
+            samples = slice(first_sample, first_sample + _count(box))
+            first_sample = samples.stop
+            if box.numel == 0:
+                continue
+            axes = None if placed is None else (placed.factoring.dr, placed.factoring.dc)
+            phase = -box.flat_start % SLICE if box.is_flat else box.offset
+            stored = [(name, value.dtype) for name, value in state[shard.param].items() if isinstance(value, Tensor)]
+            dtypes = tuple(sorted(stored, key=str))
+            key = (switch, size, flat, axes, phase, box.shape, shard.owner, local.dtype, local.device, dtypes)
+            stack = batches.setdefault(key, [])
+            room = box.numel <= STACK_NUMEL and box.numel * 2 <= TILE_NUMEL
+            if not (room and stack and _fits(stack[-1], slot, box.numel)):
+                stack.append(Work(switch, size, [], [], [], [], _tiles(box, size, samples, flat), flat))
+                works.append(stack[-1])
+                if axes is not None:
+                    stack[-1].row_axis, stack[-1].col_axis = axes
+            work = stack[-1]
+            work.boxes.append(box)
+            work.shards.append(shard)
+            work.positions.append(position)
+            work.slots.append(slot)
+            for name in ("p0", "s"):
+                if name in state[shard.param]:
+                    work.states.setdefault(name, []).append(state[shard.param][name][samples])
+    for work in works:
+        _finish(work, moments, state)
+    return works
+
+
+def _fits(work: Work, slot: int, numel: int) -> bool:
+    """Whether a stack has room for one more piece; two pieces of one parameter never share a stack."""
+    return slot not in work.slots and (len(work.slots) + 1) * numel <= TILE_NUMEL
+
+
+def _tiles(box: Box, size: Shape, samples: slice, flat: bool) -> list[Tile]:
+    """Tiles of a piece; ``samples`` are then relative to the piece."""
+    outline = Box((box.numel,), (0,), (box.numel,)) if flat else Box(box.size, (0,) * len(box.size), box.size)
+    tiles, first = [], 0
+    limit = TILE_NUMEL
+    for start, tile_size in outline.tiles(limit):
+        if flat:
+            inner_start, numel = box.flat_start + start[0], tile_size[0]
+            phase, index = -inner_start % SLICE, None
+            count = len(range(phase, numel, SLICE))
+            offset, relative = start[0], None
+        else:
+            inner = box.narrow(start, tile_size)
+            count = _count(inner)
+            phase, index = (-inner.flat_start % SLICE, None) if inner.is_flat else (0, sample_indices(inner))
+            offset, relative = inner.flat_start - box.flat_start, None
+            if not inner.is_flat:
+                relative = (inner.flat_index() - inner.flat_start).to(torch.int32).view(tile_size)
+        window = slice(first, first + count)
+        tiles.append(Tile(start, tile_size, tile_size == size, window, phase, index, offset, relative))
+        first += count
+    return tiles
+
+
+def _finish(work: Work, moments: FactoredMoments, state: State) -> None:
+    """Look up what the kernels would otherwise look up in every step."""
+    device = work.shards[0].weights().device
+    work.slot_index = torch.tensor(work.slots, device=device)
+    for name in ("z", "exp_avg", "exp_avg_sq"):
+        if name in state[work.shards[0].param]:
+            work.states[name] = work.pieces([state[shard.param][name] for shard in work.shards])
+    if work.row_axis is not None:
+        pairs = [moments.indices(slot, box) for slot, box in zip(work.slots, work.boxes, strict=True)]
+        work.row_index = torch.stack([row for row, _ in pairs])
+        work.col_index = torch.stack([col for _, col in pairs])
+    starts = torch.tensor([box.flat_start for box in work.boxes], device=device)
+    work.starts = rounding.low_32_bits(starts)
+    work.tiles = [
+        replace(tile, index=tile.index.to(device), relative=tile.relative.to(device))
+        if tile.index is not None and tile.relative is not None
+        else tile
+        for tile in work.tiles
+    ]

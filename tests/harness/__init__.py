@@ -1,0 +1,1 @@
+"""Ground of the distributed tests: worker pool, counters, parameter sets and layouts."""
