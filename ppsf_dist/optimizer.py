@@ -18,7 +18,7 @@ from ppsf_dist.kernels.eager import EagerKernels
 from ppsf_dist.kernels.interface import Stat
 from ppsf_dist.options import ARGUMENTS, Switches, validate_group, validate_together
 from ppsf_dist.plan import Plan
-from ppsf_dist.scalars import StepNumbers, initial_numbers
+from ppsf_dist.scalars import GroupNumbers, PartNumbers, StepNumbers, initial_numbers
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -121,6 +121,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         self._process_group = process_group
         self._seed = seed
         self._plan: Plan | None = None
+        self._numbers: GroupNumbers | None = None
         self._kernels = EagerKernels()
         super().__init__(params, defaults)
         validate_together(self.param_groups)
@@ -171,56 +172,66 @@ class ProdigyPlusScheduleFree(Optimizer):
         plan = self._current_plan()
         if plan is None or (fresh and self._creates_state_only(plan)):
             return loss
-        self._step(plan)
+        step = self._begin_step()
+        self._advance(plan, step)
+        self._finish_step(step)
         return loss
 
-    def _step(self, plan: Plan) -> None:
-        """The picture: pass 1, reduce 1, moments, pass 2, reduce 2, pass 3, d for the next step."""
+    def _begin_step(self) -> StepNumbers:
+        """The numbers that all parts of a step use."""
+        assert self._numbers is not None
+        self._numbers.absorb(self.param_groups)
+        return StepNumbers(self._numbers, self.param_groups, self._seed)
+
+    def _advance(self, plan: Plan, step: StepNumbers) -> None:
+        """The picture: pass 1, reduce 1, moments, pass 2, reduce 2, pass 3, for the parameters of a plan."""
         kernels, works, team, moments = self._kernels, plan.works, plan.team, plan.moments
         sums, stats = plan.sums, plan.stats
         plan.capture_unseen()
         plan.begin()
-        plan.numbers.absorb(self.param_groups)
-        numbers = StepNumbers(plan.numbers, plan.parameters, plan.traits, self.param_groups, self._seed)
+        numbers = PartNumbers(step, plan.parameters, plan.traits)
         coefficients = numbers.coefficients
 
         factors = moments.factors(moments.values) if plan.adopts else moments.values
         kernels.pass_1(works, coefficients, factors, sums, stats)
-
-        early = plan.reduces_sums_early
-        if early:
-            team.sum_(sums) if plan.needs_norms else team.sum_(sums, stats)
+        if plan.reduces_sums_early:
+            team.sum_(*plan.first_reduction)
             new_moments = numbers.moments(moments, sums)
             factors = numbers.factors(moments, new_moments)
 
         if plan.needs_norms:
             kernels.pass_2(works, coefficients, factors, stats)
-        if plan.needs_norms or not early:
-            team.sum_(stats) if early or not len(moments) else team.sum_(stats, sums)
-        if not early:
+        team.sum_(*plan.second_reduction)
+        if not plan.reduces_sums_early:
             new_moments = numbers.moments(moments, sums)
 
         scales = numbers.scales(stats)
         if plan.counts_masks_late:
-            mask_stats = torch.zeros_like(stats)
-            kernels.count_masks(works, coefficients, factors, scales, mask_stats)
-            counts = mask_stats[:, Stat.LATE_MASK].clone()
-            team.sum_(counts)
-            stats[:, Stat.LATE_MASK] = counts
+            masks = torch.zeros_like(stats)
+            kernels.count_masks(works, coefficients, factors, scales, masks)
+            team.sum_(masks)
+            stats[:, Stat.LATE_MASK] = masks[:, Stat.LATE_MASK]
             scales = numbers.scales(stats)
 
         gates = numbers.gates(stats)
         moments.commit(new_moments, gates.moments)
         kernels.pass_3(works, coefficients, factors, scales, gates, numbers.keys)
         numbers.commit(stats, gates)
-        plan.numbers.publish(self.param_groups, wait=False)
+
+    def _finish_step(self, step: StepNumbers) -> None:
+        """d for the next step, from the sums of all parts."""
+        assert self._numbers is not None
+        step.commit()
+        self._numbers.publish(self.param_groups, wait=False)
 
     def _current_plan(self) -> Plan | None:
         """The plan for the parameters as they are now, made anew if they or their switches have changed."""
         signature: list[object] = []
         trainable: list[Tensor] = []
         groups_of: list[int] = []
+        identities: list[int] = []
         switches = []
+        position = 0
         for index, group in enumerate(self.param_groups):
             frozen = group["prodigy_steps"] > 0 and group["k"] >= group["prodigy_steps"]
             switches.append(Switches.of(group, statistics=not frozen))
@@ -228,7 +239,9 @@ class ProdigyPlusScheduleFree(Optimizer):
                 if param.requires_grad:
                     trainable.append(param)
                     groups_of.append(index)
+                    identities.append(position)
                     signature.append((id(param), index, param.device, param.dtype))
+                position += 1
         key = (tuple(signature), tuple(switches))
         if self._plan is not None and self._plan.signature == key:
             return self._plan
@@ -238,7 +251,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         self._settle()
         shards = find_shards(trainable, self._process_group)
         team = find_team(shards, self._process_group) if team is None else team
-        self._plan = Plan(shards, groups_of, self.param_groups, switches, team, self.state, key)
+        self._plan = Plan(shards, groups_of, identities, switches, team, self.state, key)
+        self._numbers = GroupNumbers(self.param_groups, self._plan.stats.device)
         return self._plan
 
     def _creates_state_only(self, plan: Plan) -> bool:
@@ -257,8 +271,9 @@ class ProdigyPlusScheduleFree(Optimizer):
         """Write everything that lives on the device into ``state`` and ``param_groups``. Waits for the device."""
         if self._plan is not None:
             self._plan.settle()
-            self._plan.numbers.absorb(self.param_groups)
-            self._plan.numbers.publish(self.param_groups, wait=True)
+        if self._numbers is not None:
+            self._numbers.absorb(self.param_groups)
+            self._numbers.publish(self.param_groups, wait=True)
 
     @torch.no_grad()
     def eval(self) -> None:
@@ -350,15 +365,14 @@ class ProdigyPlusScheduleFree(Optimizer):
         loaded = checkpoint.read_state(state_dict, trainable, self.param_groups)
         groups = checkpoint.read_groups(state_dict, self.param_groups)
         super().load_state_dict({"state": {}, "param_groups": groups})
-        self._plan = None
+        self._plan = self._numbers = None
         for param, entries in loaded.items():
             self.state[param] = entries
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        return {**self.__dict__, "_plan": None, "_kernels": None, "_process_group": None}
+        return {**self.__dict__, "_plan": None, "_numbers": None, "_kernels": None, "_process_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan = None
         self._kernels = EagerKernels()

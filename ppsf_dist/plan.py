@@ -13,7 +13,7 @@ from ppsf_dist.algorithm.step_size import statistics_dtype
 from ppsf_dist.kernels.interface import Stat
 from ppsf_dist.moments import FactoredMoments
 from ppsf_dist.options import Switches
-from ppsf_dist.scalars import PARAMETER_NUMBERS, Group, GroupNumbers, Traits
+from ppsf_dist.scalars import PARAMETER_NUMBERS, Traits
 from ppsf_dist.sharding import Shard, Team
 from ppsf_dist.sharding.slots import agree_on_slots
 from ppsf_dist.work import plan_work, sample_count, sample_indices
@@ -34,7 +34,7 @@ class Plan:
     Args:
         shards: the local shards of all trainable parameters, in the order of ``param_groups``.
         groups_of: the group of each shard.
-        groups: the parameter groups.
+        identities: a number for each shard's parameter that is the same in every layout.
         switches: of each group.
         team: the ranks that share sums.
         state: the optimizer's state, completed in place.
@@ -45,14 +45,14 @@ class Plan:
         self,
         shards: Sequence[Shard],
         groups_of: Sequence[int],
-        groups: Sequence[Group],
+        identities: Sequence[int],
         switches: Sequence[Switches],
         team: Team,
         state: State,
         signature: Hashable,
     ) -> None:
         self.signature, self.team, self.shards, self.switches = signature, team, list(shards), list(switches)
-        table = agree_on_slots(shards, groups_of, [settings_of(s) for s in switches], team)
+        table = agree_on_slots(shards, groups_of, identities, [settings_of(s) for s in switches], team)
         self.slots, self.slot_of_shard = table.slots, table.of_shard
         device = shards[0].weights().device
         factored = []
@@ -65,7 +65,6 @@ class Plan:
         self.sums = torch.zeros(len(self.moments), dtype=torch.float32, device=device)
         self.stats = torch.zeros(len(table.slots), len(Stat), dtype=torch.float64, device=device)
         self.parameters = torch.zeros(len(PARAMETER_NUMBERS), len(table.slots), dtype=torch.float64, device=device)
-        self.numbers = GroupNumbers(groups, device)
         self.traits = Traits.of(table, switches, device)
         for shard, index, group in zip(shards, self.slot_of_shard, groups_of, strict=True):
             self._complete_state(shard, index, switches[group], state[shard.param])
@@ -84,6 +83,13 @@ class Plan:
         self.adopts = bool(len(self.moments)) and any(switches[s.group].adopt for s in table.slots)
         self.needs_norms = any(switches[s.group].needs_norms for s in table.slots)
         self.counts_masks_late = any(switches[s.group].counts_mask_late for s in table.slots)
+
+        # One all-reduce each; what nothing waits for rides on the one that comes anyway.
+        self.first_reduction = (self.sums,) if self.needs_norms else (self.sums, self.stats)
+        if not self.reduces_sums_early:
+            self.second_reduction: tuple[Tensor, ...] = (self.stats, self.sums) if len(self.moments) else (self.stats,)
+        else:
+            self.second_reduction = (self.stats,) if self.needs_norms else ()
 
     def _complete_state(self, shard: Shard, slot: int, switches: Switches, state: dict[str, Any]) -> None:
         """Add the state that a parameter lacks, and move its factored moments into the flat buffer."""

@@ -156,6 +156,7 @@ class Traits:
     momentum_of_d: Tensor
     rounds_samples: Tensor
     rounds_s: Tensor
+    identity: Tensor
     any_adopt: bool
 
     @classmethod
@@ -187,60 +188,113 @@ class Traits:
             momentum_of_d=flags([not (s.adopt and not s.quirks) for s in of_slot]),
             rounds_samples=flags([bits and s.quirks for bits, s in zip(low, of_slot, strict=True)]),
             rounds_s=flags([s.quirks for s in of_slot]),
+            identity=torch.tensor([slot.identity for slot in table.slots], device=device),
             any_adopt=any(s.adopt for s in of_slot),
         )
 
 
 class StepNumbers:
-    """All numbers of one step, in the order in which the step needs them."""
+    """The numbers of one step that belong to a group: what it starts with, and what its parts add up to."""
 
-    def __init__(
-        self, numbers: GroupNumbers, parameters: Tensor, traits: Traits, groups: Sequence[Group], seed: int
-    ) -> None:
-        self._numbers, self._parameters, self._traits, self._groups = numbers, parameters, traits, groups
-        h = self._h = numbers.hyper(groups)
-        self._k, self._d = numbers["k"].clone(), numbers["d"].clone()
+    def __init__(self, numbers: GroupNumbers, groups: Sequence[Group], seed: int) -> None:
+        self._numbers, self._groups, self.seed = numbers, groups, seed
+        h = self.hyper = numbers.hyper(groups)
+        self.k, self.d = numbers["k"].clone(), numbers["d"].clone()
         shared = numbers["shared_d"]
-        delta = torch.where(shared > 0, shared, self._d) * h["lr"]
-        radam_beta2, rectification = second_moment.radam(self._k, h["beta2"])
+        delta = torch.where(shared > 0, shared, self.d) * h["lr"]
+        radam_beta2, rectification = second_moment.radam(self.k, h["beta2"])
         corrects = h["use_bias_correction"] > 0
-        beta2 = torch.where(corrects, radam_beta2, h["beta2"])
-        self._delta = torch.where(corrects, delta * rectification, delta)
-        self._c, self._q, self._weight_sum = averaging.averaging_weight(
-            self._delta, numbers["weight_sum"], h["beta1"], h["schedulefree_c"]
+        self.beta2 = torch.where(corrects, radam_beta2, h["beta2"])
+        self.delta = torch.where(corrects, delta * rectification, delta)
+        self.c, self.q, self._weight_sum = averaging.averaging_weight(
+            self.delta, numbers["weight_sum"], h["beta1"], h["schedulefree_c"]
         )
-        self._steps = parameters[PARAMETER_NUMBERS.index("step")]
-        self.coefficients = self._coefficients(beta2)
-        index = torch.arange(len(self._steps), device=numbers.device)
-        self.keys = rounding.keys(seed, self._steps.long(), index)
+        self.adapts = (h["prodigy_steps"] == 0) | (self.k < h["prodigy_steps"])
+        self._numerator, self._denominator = torch.zeros_like(self.d), torch.zeros_like(self.d)
+        self._moved = torch.zeros_like(self.d, dtype=torch.bool)
+        self._ok = torch.ones((), dtype=torch.bool, device=self.d.device)
 
-    def _coefficients(self, beta2: Tensor) -> Tensor:
+    def add(self, numerator: Tensor, denominator: Tensor, moved: Tensor, ok: Tensor) -> None:
+        """Count a part of the step in: its sums and whether it moved anything, by group; whether all was finite."""
+        self._numerator += numerator
+        self._denominator += denominator
+        self._moved |= moved
+        self._ok &= ok
+
+    def commit(self) -> None:
+        """The numbers after the step: d and the sums behind it, the averaging weight, k. Nothing if not finite."""
+        numbers, h, ok = self._numbers, self.hyper, self._ok
+        pooled = not self._groups[0]["split_groups"]
+        adapts = self.adapts[:1].expand_as(self.d) if pooled else self.adapts
+        for name, value in vars(self._adapted(pooled)).items():
+            self._put(name, value, adapts & ok)
+        self._put("d_prev", self.d, adapts & ok)
+        averages = h["use_schedulefree"] > 0
+        self._put("weight_sum", self._weight_sum, self._moved & averages & ok)
+        effective_lr = torch.where(averages, h["lr"] * self.q, h["lr"])
+        self._put("effective_lr", effective_lr, (self._moved | ~averages) & ok)
+        if self._groups[0]["split_groups"] and self._groups[0]["split_groups_mean"]:
+            self._put("shared_d", step_size.harmonic_mean(numbers["d"]).expand_as(self.d), ok)
+        numbers["k"].add_(ok)
+        numbers["skipped_steps"].add_(~ok)
+
+    def _adapted(self, pooled: bool) -> StepSize:
+        """The step size after the step; with one for all groups, group 0's arguments and the sums of all."""
+        numbers, h = self._numbers, self.hyper
+        numerator, denominator = self._numerator, self._denominator
+        if pooled:
+            numerator, denominator = (x.sum().expand_as(x) for x in (numerator, denominator))
+        history = (numbers[n] for n in ("d_numerator", "d_denom", "prev_d_numerator", "max_d_numerator"))
+        rule = StepSizeRule(
+            beta3=h["beta3"],
+            d0=h["d0"],
+            d_coef=h["d_coef"],
+            d_limiter=h["d_limiter"] > 0,
+            use_speed=h["use_speed"] > 0,
+            quirks=self._groups[0]["reference_quirks"],
+        )
+        new = step_size.adapted(StepSize(self.d, *history), numerator, denominator, rule)
+        return StepSize(*(value[:1].expand_as(value) for value in vars(new).values())) if pooled else new
+
+    def _put(self, name: str, value: Tensor, where: Tensor) -> None:
+        old = self._numbers[name]
+        old.copy_(torch.where(where, value, old))
+
+
+class PartNumbers:
+    """The numbers of one step that belong to the parameters of one part, in the order in which the step needs them."""
+
+    def __init__(self, step: StepNumbers, parameters: Tensor, traits: Traits) -> None:
+        self._step, self._parameters, self._traits = step, parameters, traits
+        self._updates = parameters[PARAMETER_NUMBERS.index("step")]
+        self.coefficients = self._coefficients()
+        self.keys = rounding.keys(step.seed, self._updates.long(), traits.identity)
+
+    def _coefficients(self) -> Tensor:
         """The table of :class:`Coefficients`, fp32."""
-        h, t, of = self._h, self._traits, self._traits.group_of
-        d, delta, beta1 = self._d[of], self._delta[of], h["beta1"][of]
+        step, h, t, of = self._step, self._step.hyper, self._traits, self._traits.group_of
+        d, delta, beta1 = step.d[of], step.delta[of], h["beta1"][of]
         # ADOPT's first step, of the group or of a parameter that comes late, only sets the second moment.
-        self._adopt_first = t.adopt & ((self._k[of] == 1) | (self._steps == 0))
-        beta2_of = torch.where(self._adopt_first, 0.0, beta2[of])
-        age = self._steps + 1
-        square_weight = (1 - beta2_of) * torch.where(t.focus_fixed, torch.ones_like(d), d * d)
-        correction = torch.where(t.focus_fixed, 1 / (1 - beta2_of**age), torch.ones_like(d))
+        self._adopt_first = t.adopt & ((step.k[of] == 1) | (self._updates == 0))
+        beta2 = torch.where(self._adopt_first, 0.0, step.beta2[of])
+        one = torch.ones_like(d)
         decay = h["weight_decay"][of]
         rows = Coefficients(
             d=d,
             d_eps=d * h["eps"][of],
             beta1=beta1,
-            momentum_weight=(1 - beta1) * torch.where(t.momentum_of_d, d, torch.ones_like(d)),
-            beta2=beta2_of,
-            square_weight=square_weight,
-            focus_correction=correction,
-            clamp=self._k[of] ** 0.25,
+            momentum_weight=(1 - beta1) * torch.where(t.momentum_of_d, d, one),
+            beta2=beta2,
+            square_weight=(1 - beta2) * torch.where(t.focus_fixed, one, d * d),
+            focus_correction=torch.where(t.focus_fixed, 1 / (1 - beta2 ** (self._updates + 1)), one),
+            clamp=step.k[of] ** 0.25,
             delta=delta,
-            c=self._c[of],
-            q=self._q[of],
+            c=step.c[of],
+            q=step.q[of],
             weight_decay=decay,
-            keep=1 - decay * torch.where(h["weight_decay_by_lr"][of] > 0, delta, torch.ones_like(delta)),
+            keep=1 - decay * torch.where(h["weight_decay_by_lr"][of] > 0, delta, one),
             beta3=h["beta3"][of],
-            s_weight=step_size.prodigy_weight(self._d, h["d0"])[of],
+            s_weight=step_size.prodigy_weight(step.d, h["d0"])[of],
         )
         return torch.stack(rows).float()
 
@@ -269,96 +323,48 @@ class StepNumbers:
         rms = torch.where(t.stableadamw, direction.soft_rms_scale(uu, t.numel), one)
         late = torch.where(t.late_mask, direction.mask_scale(stats[:, Stat.LATE_MASK], t.numel), one)
         amount = rms * keep * factor
-        rows = Scales(amount=amount, pull=rms * pull, mask=late, advance=amount * self._delta[t.group_of])
+        rows = Scales(amount=amount, pull=rms * pull, mask=late, advance=amount * self._step.delta[t.group_of])
         return torch.stack(rows).float()
 
     def gates(self, stats: Tensor) -> Gates:
         """What is written: nothing if any sum is not finite, and only parameters that have a gradient."""
-        self._ok = self._finite(stats)
+        # ADOPT's first step divides by an empty moment: its direction does not count.
+        uu = torch.where(self._adopt_first, torch.zeros_like(stats[:, 0]), stats[:, Stat.UU])
+        self._ok = stats[:, : Stat.UU].isfinite().all() & uu.isfinite().all()
         self._active = stats[:, Stat.PRESENT] > 0
         moments = self._active & self._ok
         weights = moments & ~self._adopt_first
         known = (moments.tolist(), weights.tolist()) if moments.device.type == "cpu" else None
         return Gates(moments, weights, known)
 
-    def _finite(self, stats: Tensor) -> Tensor:
-        """Whether all sums are finite. ADOPT's first step divides by an empty moment: its direction does not count."""
-        direction_free = torch.where(self._adopt_first, torch.zeros_like(stats[:, 0]), stats[:, Stat.UU])
-        return stats[:, : Stat.UU].isfinite().all() & direction_free.isfinite().all()
-
     def commit(self, stats: Tensor, gates: Gates) -> None:
-        """The numbers after the step: d, the sums behind it, the averaging weight, k, and SPEED's memory."""
-        numbers, h, t = self._numbers, self._h, self._traits
-        of, ok = t.group_of, self._ok
+        """Count this part in the step, and advance what belongs to its parameters."""
+        t, step = self._traits, self._step
         moved = self._active & ~self._adopt_first
-        steps_limit = h["prodigy_steps"]
-        adapts = (steps_limit == 0) | (self._k < steps_limit)
-        weight = step_size.prodigy_weight(self._d, h["d0"])
-        counted = moved & t.statistics & adapts[of]
-        numerator, denominator = self._contributions(stats, weight[of], counted, gates)
+        counted = moved & t.statistics & step.adapts[t.group_of]
+        numerator, denominator = self._contributions(stats, counted, gates)
+        by_group = ((t.membership * x).sum(1) for x in (numerator, denominator, moved.double()))
+        group_numerator, group_denominator, group_moved = by_group
+        step.add(group_numerator, group_denominator, group_moved > 0, self._ok)
+        self._updates.add_(gates.moments)
 
-        group_numerator = (t.membership * numerator).sum(1)
-        group_denominator = (t.membership * denominator).sum(1)
-        pooled = not self._groups[0]["split_groups"]
-        if pooled:
-            group_numerator, group_denominator = group_numerator.sum().expand(len(h["d0"])), group_denominator.sum()
-            group_denominator = group_denominator.expand(len(h["d0"]))
-        old = StepSize(
-            self._d, *(numbers[n] for n in ("d_numerator", "d_denom", "prev_d_numerator", "max_d_numerator"))
-        )
-        rule = StepSizeRule(
-            beta3=h["beta3"],
-            d0=h["d0"],
-            d_coef=h["d_coef"],
-            d_limiter=h["d_limiter"] > 0,
-            use_speed=h["use_speed"] > 0,
-            quirks=self._groups[0]["reference_quirks"],
-        )
-        new = step_size.adapted(old, group_numerator, group_denominator, rule)
-        if pooled:
-            new = StepSize(*(v[:1].expand(len(v)) for v in vars(new).values()))
-            adapts = adapts[:1].expand(len(adapts))
-
-        group_moved = (t.membership * moved.double()).sum(1) > 0
-        averages = group_moved & (h["use_schedulefree"] > 0)
-        write = adapts & ok
-        for name, value in vars(new).items():
-            self._put(name, value, write)
-        self._put("d_prev", self._d, write)
-        self._put("weight_sum", self._weight_sum, averages & ok)
-        self._put(
-            "effective_lr",
-            torch.where(h["use_schedulefree"] > 0, h["lr"] * self._q, h["lr"]),
-            ok & (averages | (h["use_schedulefree"] == 0)),
-        )
-        if self._groups[0]["split_groups"] and self._groups[0]["split_groups_mean"]:
-            self._put("shared_d", step_size.harmonic_mean(numbers["d"]).expand_as(self._d), ok)
-        numbers["k"].add_(ok)
-        numbers["skipped_steps"].add_(~ok)
-        self._steps.add_(gates.moments)
-
-    def _put(self, name: str, value: Tensor, where: Tensor) -> None:
-        old = self._numbers[name]
-        old.copy_(torch.where(where, value, old))
-
-    def _contributions(self, stats: Tensor, weight: Tensor, counted: Tensor, gates: Gates) -> tuple[Tensor, Tensor]:
+    def _contributions(self, stats: Tensor, counted: Tensor, gates: Gates) -> tuple[Tensor, Tensor]:
         """Each parameter's share in the numerator and denominator of its group."""
-        t = self._traits
-        speed = (self._h["use_speed"] > 0)[t.group_of]
+        t, h = self._traits, self._step.hyper
+        speed = (h["use_speed"] > 0)[t.group_of]
+        weight = step_size.prodigy_weight(self._step.d, h["d0"])[t.group_of]
 
         def as_stored(sums: Tensor, rounds: Tensor) -> Tensor:
             return torch.where(rounds, sums.bfloat16().double(), sums)
 
         dot = as_stored(stats[:, Stat.DOT], t.rounds_samples)
         prodigy_denominator = as_stored(stats[:, Stat.S_L1], t.rounds_s)
-        old = SpeedState(*self._parameters[1:])
         state, speed_numerator, speed_denominator = step_size.speed_contribution(
-            old,
-            old.max_x0_minus_l1_norm == 0,
+            SpeedState(*self._parameters[1:]),
             dot,
             as_stored(stats[:, Stat.DELTA_L1], t.rounds_samples),
             as_stored(stats[:, Stat.DELTA_SQUARE].sqrt(), t.rounds_samples),
-            self._k[t.group_of],
+            self._step.k[t.group_of],
             weight,
         )
         remembers = counted & speed & gates.weights

@@ -126,13 +126,12 @@ class SpeedState:
 
 
 def speed_contribution(
-    old: SpeedState, first: Tensor, dot: Tensor, l1: Tensor, l2: Tensor, k: Tensor, weight: Tensor
+    old: SpeedState, dot: Tensor, l1: Tensor, l2: Tensor, k: Tensor, weight: Tensor
 ) -> tuple[SpeedState, Tensor, Tensor]:
     """SPEED's share of each parameter in its group's sums.
 
     Args:
-        old: memory before the step.
-        first: true where a parameter has no memory yet.
+        old: memory before the step; all zero where a parameter has none yet.
         dot: sum of ``g (p0 - point)`` over the samples.
         l1, l2: norms of ``p0 - point`` over the samples.
         k: 1-based step of the parameter's group.
@@ -141,6 +140,7 @@ def speed_contribution(
     Returns:
         The new memory, the share in the numerator, and the share in the denominator (which is only reported).
     """
+    first = old.max_x0_minus_l1_norm == 0
     decay = 1 - k**-0.75
     average = torch.where(first, dot, decay * old.exp_avg_x0_dot + (1 - decay) * dot)
     state = SpeedState(

@@ -12,11 +12,20 @@ from ppsf_dist.sharding.team import Team
 
 
 class Slot(NamedTuple):
-    """A logical parameter as all ranks see it."""
+    """A logical parameter as all ranks see it.
+
+    Attributes:
+        group: index of its parameter group.
+        shape: of the whole parameter.
+        dtype: of its weights.
+        identity: a number that stays with the parameter whatever the layout (its position among all parameters of the
+            optimizer): stochastic rounding depends on it.
+    """
 
     group: int
     shape: Shape
     dtype: str
+    identity: int
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,13 @@ class SlotTable:
 Description = dict[tuple[int, ...], list[Slot]]
 
 
-def agree_on_slots(shards: Sequence[Shard], groups: Sequence[int], settings: Sequence[object], team: Team) -> SlotTable:
+def agree_on_slots(
+    shards: Sequence[Shard],
+    groups: Sequence[int],
+    identities: Sequence[int],
+    settings: Sequence[object],
+    team: Team,
+) -> SlotTable:
     """Number the logical parameters of a team in the same way on every rank. Waits for all ranks.
 
     Ranks that hold the same parameters (one domain) must list them in the same order; different domains (pipeline
@@ -39,6 +54,7 @@ def agree_on_slots(shards: Sequence[Shard], groups: Sequence[int], settings: Seq
     Args:
         shards: the local shards, in the order of ``param_groups``.
         groups: the group of each.
+        identities: the number of each that is the same in every layout.
         settings: one comparable description of each group's arguments.
         team: the ranks that take part.
 
@@ -47,8 +63,9 @@ def agree_on_slots(shards: Sequence[Shard], groups: Sequence[int], settings: Seq
             ranks and the first difference.
     """
     mine: Description = {}
-    for shard, group in zip(shards, groups, strict=True):
-        mine.setdefault(shard.domain, []).append(Slot(group, shard.shape, str(shard.weights().dtype)))
+    for shard, group, identity in zip(shards, groups, identities, strict=True):
+        slot = Slot(group, shard.shape, str(shard.weights().dtype), identity)
+        mine.setdefault(shard.domain, []).append(slot)
     everyone = team.gather((mine, list(settings)))
     described: list[tuple[Description, list[object]]] = [d for d in everyone if isinstance(d, tuple)]
     _check_settings(team, [settings for _, settings in described])
