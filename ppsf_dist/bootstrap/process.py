@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,6 +19,7 @@ from ppsf_dist.bootstrap.place import LOOPBACK, RENDEZVOUS, Place, half_set, opt
 
 GPU_BACKEND = "cpu:gloo,cuda:nccl"  # gloo too, so that checkpoints and object collectives can stay on the host
 CPU_BACKEND = "gloo"
+EXIT_PAUSE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ def init_process_group(backend: str | None = None, timeout: timedelta | None = N
         # Before the group, so that no process opens a context on a GPU of another.
         torch.cuda.set_device(_gpu(place.local_rank))
     _start(place, backend or (GPU_BACKEND if on_gpu else CPU_BACKEND), timeout)
+    atexit.unregister(_pause_before_exit)
+    atexit.register(_pause_before_exit)
     local_rank, local_world_size, group_rank = _on_this_host(place)
     device = torch.device("cpu")
     if on_gpu:
@@ -191,6 +196,17 @@ def _gpu(local_rank: int) -> torch.device:
             f'host, or pass backend="gloo" to compute on the CPU.'
         )
     return torch.device("cuda", local_rank)
+
+
+def _pause_before_exit() -> None:
+    """Keeps the exit code of a rank that fails right after a collective.
+
+    Gloo's threads let go of the tensors of a collective after it is done, for which they need the interpreter. Where they
+    find it shutting down, the process aborts, and its exit code is lost. Leaving the group would wait for them too, but
+    also for collectives that a failing rank will never finish.
+    """
+    if dist.is_initialized():
+        time.sleep(EXIT_PAUSE_SECONDS)
 
 
 def _free_port() -> int:

@@ -1,6 +1,6 @@
 """What the launchers start in these tests: joins the group, adds up the ranks, and may fail on purpose.
 
-Arguments: "raise" or "exit" makes rank 1 fail after the first collective, "hold" ends each rank without leaving the group.
+Arguments: "raise" or "exit" makes rank 1 fail; "mpi" uses MPI before and after.
 """
 
 from __future__ import annotations
@@ -21,20 +21,34 @@ TIMEOUT = timedelta(seconds=60)
 EXPORTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+def fail(rank: int) -> None:
+    """Ends rank 1 while gloo's threads are still busy, which is when an exit code is most easily lost; the other waits."""
+    works = [dist.all_reduce(torch.ones(1), async_op=True) for _ in range(64)]
+    works[-1].wait()
+    del works
+    if rank == 1 and "raise" in sys.argv:
+        raise ValueError("rank 1 fails on purpose")
+    if rank == 1:
+        sys.exit(EXIT_CODE)
+    dist.barrier()
+
+
 def main() -> None:
+    own_mpi = None
+    if "mpi" in sys.argv:
+        from mpi4py import MPI
+
+        own_mpi = MPI.COMM_WORLD
     info = init_process_group(timeout=TIMEOUT)
     total = torch.tensor([info.rank + 1.0], device=info.device)
     dist.all_reduce(total)
-    if info.rank == 1 and "raise" in sys.argv:
-        raise ValueError("rank 1 fails on purpose")
-    if info.rank == 1 and "exit" in sys.argv:
-        sys.exit(EXIT_CODE)
-    # With a failed peer this waits until the launcher ends it.
-    dist.all_reduce(total)
+    if "raise" in sys.argv or "exit" in sys.argv:
+        fail(info.rank)
     found = {
         **asdict(info),
         "device": str(info.device),
         "sum": total.item(),
+        "mpi_sum": own_mpi.allreduce(info.rank + 1) if own_mpi else None,
         "same": init_process_group() is info,
         "environment": {name: os.environ.get(name) for name in EXPORTED},
     }

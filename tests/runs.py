@@ -1,0 +1,108 @@
+"""Open-loop runs: an optimizer on given gradients, on any layout, and how far two runs are apart."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppsf_dist import ProdigyPlusScheduleFree
+from tests.harness.counting import count_collectives
+from tests.harness.layouts import LAYOUTS, Layout, gather, set_grads, shard_parameters
+from tests.harness.models import D0, NamedShapes, gradient_sequence, initial_weights
+
+SINGLE = LAYOUTS["single"]
+
+
+@dataclass
+class Run:
+    """What is left of a run: whole tensors and the numbers of each group after each step."""
+
+    start: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    z: dict[str, Tensor]
+    groups: list[list[dict[str, Any]]] = field(default_factory=list)
+    collectives: int = 0
+    asynchronous: int = 0
+
+    def numbers(self, name: str) -> list[list[float]]:
+        return [[group[name] for group in groups] for groups in self.groups]
+
+
+def make_groups(parameters: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """Parameters dealt out to so many groups."""
+    values = list(parameters.values())
+    return [{"params": values[index::count]} for index in range(count)]
+
+
+def make_optimizer(parameters: dict[str, Any], groups: int = 1, **switches: Any) -> ProdigyPlusScheduleFree:
+    """The optimizer under test, silent about combinations that it warns of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ProdigyPlusScheduleFree(make_groups(parameters, groups), **{"d0": D0, **switches})
+
+
+def open_loop(
+    layout: Layout,
+    shapes: NamedShapes,
+    steps: int,
+    *,
+    groups: int = 1,
+    dtype: torch.dtype = torch.float32,
+    missing: Any = None,
+    **switches: Any,
+) -> Run:
+    """Run the optimizer on given gradients on a layout."""
+    start = initial_weights(shapes, dtype=dtype)
+    parameters = shard_parameters(start, layout)
+    optimizer = make_optimizer(parameters, groups, **switches)
+    run = Run(start, {}, {})
+    for gradients in gradient_sequence(shapes, steps, dtype=dtype, missing=missing):
+        set_grads(parameters, gradients)
+        with count_collectives() as collectives:
+            optimizer.step()
+        optimizer.get_d()
+        run.groups.append([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
+    # The last step: the first also compares parameters between ranks.
+    run.collectives, run.asynchronous = collectives.blocking, collectives.asynchronous
+    run.weights = gather(parameters)
+    states = {name: optimizer.state[p] for name, p in parameters.items()}
+    if all("z" in state for state in states.values()):
+        run.z = gather(parameters, {name: state["z"] for name, state in states.items()})
+    return run
+
+
+def open_loop_without_start(*args: Any, **kwargs: Any) -> Run:
+    """The same for a worker: what the parent can make itself does not travel."""
+    run = open_loop(*args, **kwargs)
+    run.start = {}
+    return run
+
+
+def largest(values: Any) -> float:
+    return max((float(v) for v in values), default=0.0)
+
+
+def difference(run: Run, reference: Run) -> dict[str, float]:
+    """How far a run is from a reference that started from the same weights.
+
+    ``d``: largest relative difference of d over all steps and groups. ``weights``: largest difference of an element,
+    relative to the largest movement of any element of its parameter or, if it moved less, to a rounding unit of its
+    start.
+    """
+    d = [
+        abs(a - b) / b
+        for ours, theirs in zip(run.numbers("d"), reference.numbers("d"), strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    weights = []
+    for name, expected in reference.weights.items():
+        start, expected = reference.start[name].double(), expected.double()
+        eps = torch.finfo(reference.weights[name].dtype).eps
+        scale = (expected - start).abs().max().clamp_min(float(start.abs().max()) * eps)
+        if scale > 0:
+            weights.append((run.weights[name].double() - expected).abs().max() / scale)
+    return {"d": largest(d), "weights": largest(weights)}
