@@ -17,4 +17,4 @@ done
 # Two ranks share the cores of one machine: one thread each.
 export OMP_NUM_THREADS=1
 exec "$venv_python" -m torch.distributed.run --standalone --nproc-per-node 2 "$root/launch/train.py" \
-    --output "$root/runs/demo" --steps 1000 ${fresh[@]+"${fresh[@]}"} "$@"
+    --output "$root/runs/demo" --steps 800 ${fresh[@]+"${fresh[@]}"} "$@"

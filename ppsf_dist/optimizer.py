@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ppsf_dist import checkpoint
 from ppsf_dist.adapters import find_shards, find_team
 from ppsf_dist.algorithm import averaging
+from ppsf_dist.host import HostAccess
 from ppsf_dist.kernels.eager import EagerKernels
 from ppsf_dist.kernels.interface import Stat
 from ppsf_dist.options import ARGUMENTS, Switches, validate_group, validate_together
@@ -213,10 +214,11 @@ class ProdigyPlusScheduleFree(Optimizer):
             stats[:, Stat.LATE_MASK] = masks[:, Stat.LATE_MASK]
             scales = numbers.scales(stats)
 
-        gates = numbers.gates(stats)
+        gates = numbers.gates(stats, plan.host)
         moments.commit(new_moments, gates.moments)
         kernels.pass_3(works, coefficients, factors, scales, gates, numbers.keys)
         numbers.commit(stats, gates)
+        plan.end()
 
     def _finish_step(self, step: StepNumbers) -> None:
         """d for the next step, from the sums of all parts."""
@@ -251,8 +253,9 @@ class ProdigyPlusScheduleFree(Optimizer):
         self._settle()
         shards = find_shards(trainable, self._process_group)
         team = find_team(shards, self._process_group) if team is None else team
-        self._plan = Plan(shards, groups_of, identities, switches, team, self.state, key)
-        self._numbers = GroupNumbers(self.param_groups, self._plan.stats.device)
+        host = HostAccess(shards[0].weights().device)
+        self._plan = Plan(shards, groups_of, identities, switches, team, host, self.state, key)
+        self._numbers = GroupNumbers(self.param_groups, host)
         return self._plan
 
     def _creates_state_only(self, plan: Plan) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ppsf_dist.algorithm.second_moment import factoring
 from ppsf_dist.algorithm.step_size import statistics_dtype
+from ppsf_dist.host import HostAccess
 from ppsf_dist.kernels.interface import Stat
 from ppsf_dist.moments import FactoredMoments
 from ppsf_dist.options import Switches
@@ -37,6 +38,7 @@ class Plan:
         identities: a number for each shard's parameter that is the same in every layout.
         switches: of each group.
         team: the ranks that share sums.
+        host: what the host may read when.
         state: the optimizer's state, completed in place.
         signature: what this plan was built from.
     """
@@ -48,10 +50,11 @@ class Plan:
         identities: Sequence[int],
         switches: Sequence[Switches],
         team: Team,
+        host: HostAccess,
         state: State,
         signature: Hashable,
     ) -> None:
-        self.signature, self.team, self.shards, self.switches = signature, team, list(shards), list(switches)
+        self.signature, self.team, self.host, self.shards = signature, team, host, list(shards)
         table = agree_on_slots(shards, groups_of, identities, [settings_of(s) for s in switches], team)
         self.slots, self.slot_of_shard = table.slots, table.of_shard
         device = shards[0].weights().device
@@ -95,7 +98,7 @@ class Plan:
         """Add the state that a parameter lacks, and move its factored moments into the flat buffer."""
         weights = shard.weights()
         if switches.schedulefree and "z" not in state:
-            state["z"] = weights.clone()
+            state["z"] = weights.detach().clone()
         if not switches.schedulefree and "exp_avg" not in state:
             state["exp_avg"] = torch.zeros_like(weights)
         placed = self.moments.slots[slot]
@@ -131,7 +134,7 @@ class Plan:
         if not self._unseen:
             return
         steps = self.parameters[0]
-        if steps.device.type == "cpu":
+        if self.host.free:
             known = steps.tolist()
             self._unseen = [(shard, slot) for shard, slot in self._unseen if not known[slot]]
         for shard, slot in self._unseen:
@@ -141,20 +144,27 @@ class Plan:
             if "p0" in state:
                 now = samples_of(shard, weights).to(state["p0"].dtype)
                 state["p0"].copy_(torch.where(seen, state["p0"], now))
-        if steps.device.type != "cpu":
+        if not self.host.free:
             self._unseen = [(s, slot) for s, slot in self._unseen if s.gradient() is None]
 
     def begin(self) -> None:
         """Empty the buffers of the step and note which gradients are here."""
         self.sums.zero_()
         self.stats.zero_()
-        present = tuple(shard.gradient() is not None for shard in self.shards)
+        for work in self.works:
+            work.read()
+        present = tuple([shard.gradient() is not None for shard in self.shards])
         if self._present is None or self._present[0] != present:
             column = torch.zeros(len(self.slots), dtype=torch.float64)
             for slot, is_here in zip(self.slot_of_shard, present, strict=True):
                 column[slot] = float(is_here)
             self._present = (present, column.to(self.stats.device))
         self.stats[:, Stat.PRESENT] = self._present[1]
+
+    def end(self) -> None:
+        """Let go of what belongs to the step."""
+        for work in self.works:
+            work.release()
 
     def settle(self) -> None:
         """Bring the numbers of each parameter into its state, as plain numbers. Waits for the device."""

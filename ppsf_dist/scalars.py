@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ppsf_dist.algorithm import averaging, direction, rounding, second_moment, step_size
 from ppsf_dist.algorithm.step_size import SpeedState, StepSize, StepSizeRule
+from ppsf_dist.host import HostAccess, PendingCopy
 from ppsf_dist.kernels.interface import Coefficients, Gates, Scales, Stat
 from ppsf_dist.moments import FactoredMoments
 from ppsf_dist.options import Switches
@@ -67,13 +68,13 @@ def _hyper_row(group: Group) -> tuple[float, ...]:
 class GroupNumbers:
     """The adaptive numbers of all groups as one tensor on the device, and their copies in ``param_groups``."""
 
-    def __init__(self, groups: Sequence[Group], device: torch.device) -> None:
-        self.device = device
+    def __init__(self, groups: Sequence[Group], host: HostAccess) -> None:
+        self._host = host
         self.published = [self._row(group) for group in groups]
-        self.values = torch.tensor(self.published, dtype=torch.float64).t().contiguous().to(device)
+        self.values = host.upload(self.published).t().contiguous()
         self._hyper_rows: list[tuple[float, ...]] = []
         self._hyper = torch.empty(0)
-        self._in_flight: tuple[Tensor, torch.cuda.Event] | None = None
+        self._in_flight: PendingCopy | None = None
 
     @staticmethod
     def _row(group: Group) -> list[float]:
@@ -97,10 +98,7 @@ class GroupNumbers:
         """The groups' arguments as vectors over groups; copied to the device only when one has changed."""
         rows = [_hyper_row(group) for group in groups]
         if rows != self._hyper_rows:
-            host = torch.tensor(rows, dtype=torch.float64).t().contiguous()
-            if self.device.type == "cuda":
-                host = host.pin_memory()
-            self._hyper_rows, self._hyper = rows, host.to(self.device, non_blocking=True)
+            self._hyper_rows, self._hyper = rows, self._host.upload(rows).t().contiguous()
         return dict(zip(_HYPER + _HYPER_SWITCHES, self._hyper.unbind(), strict=True))
 
     def publish(self, groups: Sequence[Group], *, wait: bool) -> None:
@@ -111,20 +109,16 @@ class GroupNumbers:
             wait: write this step's numbers, waiting for the device if need be. Without it an accelerator's groups
                 show the numbers of an earlier step, and nothing waits.
         """
-        if wait or self.device.type != "cuda":
+        if wait or self._host.free:
             self._in_flight = None
             self._write(groups, self.values.tolist())
             return
         if self._in_flight is not None:
-            host, event = self._in_flight
-            if not event.query():  # type: ignore[no-untyped-call]
+            arrived = self._in_flight.take()
+            if arrived is None:
                 return
-            self._write(groups, host.tolist())
-        host = torch.empty(self.values.shape, dtype=torch.float64, pin_memory=True)
-        host.copy_(self.values, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        self._in_flight = (host, event)
+            self._write(groups, arrived.numpy().tolist())
+        self._in_flight = self._host.start_copy(self.values)
 
     def _write(self, groups: Sequence[Group], table: list[list[float]]) -> None:
         for column, group in enumerate(groups):
@@ -326,7 +320,7 @@ class PartNumbers:
         rows = Scales(amount=amount, pull=rms * pull, mask=late, advance=amount * self._step.delta[t.group_of])
         return torch.stack(rows).float()
 
-    def gates(self, stats: Tensor) -> Gates:
+    def gates(self, stats: Tensor, host: HostAccess) -> Gates:
         """What is written: nothing if any sum is not finite, and only parameters that have a gradient."""
         # ADOPT's first step divides by an empty moment: its direction does not count.
         uu = torch.where(self._adopt_first, torch.zeros_like(stats[:, 0]), stats[:, Stat.UU])
@@ -334,7 +328,7 @@ class PartNumbers:
         self._active = stats[:, Stat.PRESENT] > 0
         moments = self._active & self._ok
         weights = moments & ~self._adopt_first
-        known = (moments.tolist(), weights.tolist()) if moments.device.type == "cpu" else None
+        known = torch.stack((moments, weights)).tolist() if host.free else None
         return Gates(moments, weights, known)
 
     def commit(self, stats: Tensor, gates: Gates) -> None:

@@ -20,10 +20,10 @@ from ppsf_dist.options import Switches
 from ppsf_dist.sharding import Box, Shard
 from ppsf_dist.sharding.geometry import Shape
 
-TILE_NUMEL = 1 << 17
+TILE_NUMEL = 1 << 19
 """Elements of a tile: a handful of fp32 temporaries of this size stay in a core's second- or third-level cache."""
 
-STACK_NUMEL = 1 << 15
+STACK_NUMEL = 1 << 17
 """Tensors up to this size are stacked with others of their shape."""
 
 State = Mapping[Tensor, dict[str, Any]]
@@ -55,6 +55,10 @@ class Tile:
     def cut(self, pieces: list[Tensor]) -> list[Tensor]:
         """The tile of each piece."""
         return pieces if self.full else [self._narrow(piece) for piece in pieces]
+
+    def cut_some(self, pieces: list[Tensor | None]) -> list[Tensor | None]:
+        """The tile of each piece that is there."""
+        return pieces if self.full else [None if piece is None else self._narrow(piece) for piece in pieces]
 
     def cut_axes(self, vectors: Tensor) -> Tensor:
         """The tile of row or column vectors shaped ``(pieces, *box)`` with collapsed axes."""
@@ -96,20 +100,31 @@ class Work:
     row_index: Tensor | None = None
     col_index: Tensor | None = None
     states: dict[str, list[Tensor]] = field(default_factory=dict)
+    direct: bool = False
+    weights: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor | None] = field(default_factory=list)
 
-    def pieces(self, locals_: Sequence[Tensor]) -> list[Tensor]:
-        """This work's pieces of one local tensor for each of its shards."""
-        return [self._piece(shard, i, t) for shard, i, t in zip(self.shards, self.positions, locals_, strict=True)]
-
-    def weights(self) -> list[Tensor]:
-        return self.pieces([shard.weights() for shard in self.shards])
-
-    def gradients(self) -> list[Tensor | None]:
+    def read(self) -> None:
+        """Look up this step's weights and gradients."""
+        self.weights = self.pieces([shard.weights() for shard in self.shards])
         gradients = [shard.gradient() for shard in self.shards]
-        return [
-            None if g is None else self._piece(shard, i, g)
-            for shard, i, g in zip(self.shards, self.positions, gradients, strict=True)
-        ]
+        if self.direct:
+            self.gradients = gradients
+        else:
+            self.gradients = [
+                None if gradient is None else self._piece(shard, position, gradient)
+                for shard, position, gradient in zip(self.shards, self.positions, gradients, strict=True)
+            ]
+
+    def release(self) -> None:
+        """Let go of the gradients, so that the next backward pass finds their memory free."""
+        self.gradients = []
+
+    def pieces(self, locals_: list[Tensor]) -> list[Tensor]:
+        """This work's pieces of one local tensor for each of its shards."""
+        if self.direct:
+            return locals_
+        return [self._piece(shard, i, t) for shard, i, t in zip(self.shards, self.positions, locals_, strict=True)]
 
     def _piece(self, shard: Shard, position: int, local: Tensor) -> Tensor:
         view = shard.views(local)[position]
@@ -222,6 +237,8 @@ def _finish(work: Work, moments: FactoredMoments, state: State) -> None:
     """Look up what the kernels would otherwise look up in every step."""
     device = work.shards[0].weights().device
     work.slot_index = torch.tensor(work.slots, device=device)
+    # Pieces that are whole local tensors of the right shape need no view.
+    work.direct = all(len(s.boxes) == 1 and tuple(s.weights().shape) == work.size for s in work.shards)
     for name in ("z", "exp_avg", "exp_avg_sq"):
         if name in state[work.shards[0].param]:
             work.states[name] = work.pieces([state[shard.param][name] for shard in work.shards])

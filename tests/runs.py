@@ -53,6 +53,7 @@ def open_loop(
     groups: int = 1,
     dtype: torch.dtype = torch.float32,
     missing: Any = None,
+    noisy: bool = False,
     **switches: Any,
 ) -> Run:
     """Run the optimizer on given gradients on a layout."""
@@ -60,8 +61,8 @@ def open_loop(
     parameters = shard_parameters(start, layout)
     optimizer = make_optimizer(parameters, groups, **switches)
     run = Run(start, {}, {})
-    for gradients in gradient_sequence(shapes, steps, dtype=dtype, missing=missing):
-        set_grads(parameters, gradients)
+    for step, gradients in enumerate(gradient_sequence(shapes, steps, dtype=dtype, missing=missing)):
+        set_grads(parameters, with_noise(gradients, step) if noisy else gradients)
         with count_collectives() as collectives:
             optimizer.step()
         optimizer.get_d()
@@ -89,9 +90,9 @@ def largest(values: Any) -> float:
 def difference(run: Run, reference: Run) -> dict[str, float]:
     """How far a run is from a reference that started from the same weights.
 
-    ``d``: largest relative difference of d over all steps and groups. ``weights``: largest difference of an element,
-    relative to the largest movement of any element of its parameter or, if it moved less, to a rounding unit of its
-    start.
+    ``d``: largest relative difference of d over all steps and groups. ``weights``: largest difference of an element
+    beyond two rounding units of its parameter, relative to the largest movement of any element of that parameter.
+    Early in a run weights move by few rounding units, so a relative bound alone would measure the dtype.
     """
     d = [
         abs(a - b) / b
@@ -100,9 +101,19 @@ def difference(run: Run, reference: Run) -> dict[str, float]:
     ]
     weights = []
     for name, expected in reference.weights.items():
-        start, expected = reference.start[name].double(), expected.double()
-        eps = torch.finfo(reference.weights[name].dtype).eps
-        scale = (expected - start).abs().max().clamp_min(float(start.abs().max()) * eps)
-        if scale > 0:
-            weights.append((run.weights[name].double() - expected).abs().max() / scale)
+        rounding = 2 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+        apart = float((run.weights[name].double() - expected.double()).abs().max())
+        moved = float((expected.double() - reference.start[name].double()).abs().max())
+        weights.append(max(0.0, apart - rounding) / moved if moved else apart)
     return {"d": largest(d), "weights": largest(weights)}
+
+
+def with_noise(gradients: dict[str, Tensor | None], step: int) -> dict[str, Tensor | None]:
+    """Gradients moved by one rounding unit: what a run does with them shows how well it is conditioned."""
+    generator = torch.Generator().manual_seed(step)
+    return {
+        name: None
+        if g is None
+        else g * (1 + torch.finfo(g.dtype).eps / 2 * torch.randn(g.shape, generator=generator).to(g.dtype))
+        for name, g in gradients.items()
+    }

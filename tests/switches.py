@@ -61,7 +61,10 @@ TOGETHER: dict[str, Switch] = {
 OURS: dict[str, Switch] = {
     "momentum_cautious": {"use_schedulefree": False, "use_cautious": True},
     "momentum_cautious_no_stableadamw": {
-        "use_schedulefree": False, "use_cautious": True, "use_stableadamw": False, "factored": False,
+        "use_schedulefree": False,
+        "use_cautious": True,
+        "use_stableadamw": False,
+        "factored": False,
     },
     "momentum_adopt_cautious": {"use_schedulefree": False, "use_adopt": True, "use_cautious": True},
     "no_quirks": {"reference_quirks": False},

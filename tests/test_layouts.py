@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
 
-from tests.harness.layouts import LAYOUTS
-from tests.harness.models import named_shapes
+from tests.harness.layouts import LAYOUTS, Layout
+from tests.harness.models import NamedShapes, named_shapes
 from tests.harness.pool import run
 from tests.runs import SINGLE, Run, difference, open_loop, open_loop_without_start
 from tests.switches import EVERY
@@ -16,25 +17,87 @@ from tests.switches import EVERY
 pytestmark = pytest.mark.dist
 STEPS = 8
 SHAPES = named_shapes("small")
+ALL_SHAPES = named_shapes("all")
 SHARDED = [name for name, layout in LAYOUTS.items() if layout.world_size > 1]
 
 
+UNSTABLE = ("d_limiter",)
+"""Here d multiplies rounding errors from step to step, in one process too."""
+
+FSDP = ("fsdp_1", "fsdp_2", "fsdp_3", "fsdp_4", "fsdp_real")
+
+
 @functools.cache
-def single(switch: str, dtype: torch.dtype) -> Run:
-    return open_loop(SINGLE, SHAPES, STEPS, groups=2, dtype=dtype, **EVERY[switch])
+def single(switch: str, dtype: torch.dtype = torch.float32, *, noisy: bool = False, all_shapes: bool = False) -> Run:
+    shapes = ALL_SHAPES if all_shapes else SHAPES
+    return open_loop(SINGLE, shapes, STEPS, groups=2, dtype=dtype, noisy=noisy, **EVERY[switch])
+
+
+def on_layout(layout: Layout, shapes: NamedShapes, steps: int = STEPS, **kwargs: Any) -> Run:
+    """The run of rank 0, after a check that all ranks have the same numbers, bit for bit."""
+    runs = run(layout.world_size, open_loop_without_start, layout, shapes, steps, groups=2, **kwargs)
+    for other in runs[1:]:
+        assert other.groups == runs[0].groups, "ranks disagree about the numbers of a group"
+    first: Run = runs[0]
+    return first
 
 
 @pytest.mark.parametrize("switch", EVERY)
 @pytest.mark.parametrize("name", SHARDED)
 def test_every_layout_gives_the_run_of_one_process(name: str, switch: str) -> None:
-    reference = single(switch, torch.float32)
-    layout = LAYOUTS[name]
-    for variant in layout.every_shift() if switch in ("default", "speed") else [layout]:
-        runs = run(
-            layout.world_size, open_loop_without_start, variant, SHAPES, STEPS, groups=2, **EVERY[switch]
-        )
-        for other in runs[1:]:
-            assert other.groups == runs[0].groups, "ranks disagree about the numbers of a group"
-        apart = difference(runs[0], reference)
-        assert apart["d"] <= 1e-6, apart
-        assert apart["weights"] <= 1e-5, apart
+    reference = single(switch)
+    allowed = {"d": 1e-6, "weights": 1e-5}
+    if switch in UNSTABLE:
+        noise = difference(single(switch, noisy=True), reference)
+        allowed = {key: 2 * value for key, value in noise.items()}
+    apart = difference(on_layout(LAYOUTS[name], SHAPES, **EVERY[switch]), reference)
+    assert apart["d"] <= allowed["d"] and apart["weights"] <= allowed["weights"], (apart, allowed)
+
+
+@pytest.mark.parametrize("switch", ["default", "speed"])
+@pytest.mark.parametrize("name", SHARDED)
+def test_every_shape_in_every_role(name: str, switch: str) -> None:
+    reference = single(switch, all_shapes=True)
+    for variant in LAYOUTS[name].every_shift():
+        apart = difference(on_layout(variant, ALL_SHAPES, **EVERY[switch]), reference)
+        assert apart["d"] <= 1e-6 and apart["weights"] <= 1e-5, (variant.shift, apart)
+
+
+@pytest.mark.parametrize("switch", ["default", "speed", "unfactored", "momentum", "low_factors", "no_quirks"])
+@pytest.mark.parametrize("name", SHARDED)
+def test_bf16_weights_and_their_rounding_do_not_depend_on_the_layout(name: str, switch: str) -> None:
+    """Sums are in another order, so now and then an element falls on the other side of its rounding threshold."""
+    reference = single(switch, torch.bfloat16)
+    ours = on_layout(LAYOUTS[name], SHAPES, dtype=torch.bfloat16, **EVERY[switch])
+    assert ours.numbers("d") == pytest.approx(reference.numbers("d"), rel=1e-6)
+    differing = total = 0
+    for key, expected in reference.weights.items():
+        apart = (ours.weights[key].float() - expected.float()).abs()
+        unit = torch.finfo(torch.bfloat16).eps * expected.float().abs().clamp_min(1e-3)
+        assert bool((apart <= 2 * unit).all()), f"{key} is off by more than a rounding unit"
+        differing += int((apart > 0).sum())
+        total += apart.numel()
+    assert differing <= total / 1000
+
+
+def sometimes_missing(step: int, name: str) -> bool:
+    """One parameter never has a gradient, one comes late, one pauses."""
+    return name == "short" or (name == "wide" and step < 3) or (name == "vector" and step in (4, 5))
+
+
+@pytest.mark.parametrize("switch", ["default", "speed", "adopt", "momentum", "bias_correction"])
+@pytest.mark.parametrize("name", SHARDED)
+def test_parameters_without_gradients(name: str, switch: str) -> None:
+    reference = open_loop(SINGLE, SHAPES, STEPS, groups=2, missing=sometimes_missing, **EVERY[switch])
+    ours = on_layout(LAYOUTS[name], SHAPES, missing=sometimes_missing, **EVERY[switch])
+    apart = difference(ours, reference)
+    assert apart["d"] <= 1e-6 and apart["weights"] <= 1e-5, apart
+    assert torch.equal(ours.weights["short"], reference.start["short"])
+
+
+@pytest.mark.parametrize("name", FSDP)
+def test_d_over_a_hundred_steps(name: str) -> None:
+    reference = open_loop(SINGLE, SHAPES, 100, groups=2)
+    ours = on_layout(LAYOUTS[name], SHAPES, 100)
+    assert reference.numbers("d")[-1][0] > 10 * reference.numbers("d")[0][0], "the test needs a d that moves"
+    assert difference(ours, reference)["d"] <= 1e-6

@@ -201,9 +201,9 @@ def _gpu(local_rank: int) -> torch.device:
 def _pause_before_exit() -> None:
     """Keeps the exit code of a rank that fails right after a collective.
 
-    Gloo's threads let go of the tensors of a collective after it is done, for which they need the interpreter. Where they
-    find it shutting down, the process aborts, and its exit code is lost. Leaving the group would wait for them too, but
-    also for collectives that a failing rank will never finish.
+    Gloo's threads let go of the tensors of a collective after it is done, for which they need the interpreter. Where
+    they find it shutting down, the process aborts, and its exit code is lost. Leaving the group would wait for them
+    too, but also for collectives that a failing rank will never finish.
     """
     if dist.is_initialized():
         time.sleep(EXIT_PAUSE_SECONDS)

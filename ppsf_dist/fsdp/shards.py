@@ -27,7 +27,7 @@ class DTensorShard(Shard):
 
     def local(self, tensor: Tensor) -> Tensor:
         assert isinstance(tensor, DTensor)
-        return tensor._local_tensor.detach()
+        return tensor._local_tensor
 
     def spread(self, local: Tensor) -> Tensor:
         param = self._dtensor

@@ -68,19 +68,16 @@ class TileView:
         work: Work,
         tile: Tile,
         c: Coefficients,
-        gradients: Sequence[Tensor | None],
-        weights: list[Tensor],
         factors: tuple[Tensor, Tensor] | None,
     ) -> None:
         self.workspace, self.work, self.tile, self.c = workspace, work, tile, c
         self.shape = (len(work.slots), *tile.size)
         self._loaded: dict[str, Tensor] = {}
-        self.weight_pieces = tile.cut(weights)
-        present = [None if g is None else tile.cut([g])[0] for g in gradients]
-        if all(g is None for g in present):
-            self.g = workspace.take("g", weights[0], self.shape).zero_()
+        self.weight_pieces = tile.cut(work.weights)
+        if any(g is not None for g in work.gradients):
+            self.g = workspace.load("g", tile.cut_some(work.gradients), tile.size)
         else:
-            self.g = workspace.load("g", present, tile.size)
+            self.g = workspace.take("g", self.weight_pieces[0], self.shape).zero_()
         self.factors = None if factors is None else (tile.cut_axes(factors[0]), tile.cut_axes(factors[1]))
 
     def state(self, name: str) -> list[Tensor]:
@@ -105,8 +102,12 @@ class TileView:
 
     def samples(self, name: str) -> Tensor:
         """``p0`` or ``s`` of the tile, ``(pieces, m)`` in its own dtype."""
-        parts = [vector[self.tile.samples] for vector in self.work.states[name]]
+        parts = self.sample_pieces(name)
         return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+
+    def sample_pieces(self, name: str) -> list[Tensor]:
+        vectors = self.work.states[name]
+        return vectors if self.tile.full else [vector[self.tile.samples] for vector in vectors]
 
     def gradient_sum(self, s: Tensor, gradient: Tensor) -> Tensor:
         """Prodigy's s after this step, from the sampled gradient ``(pieces, m)``."""
@@ -285,7 +286,7 @@ class EagerKernels:
                 if work.switches.statistics and not work.switches.speed:
                     s = view.samples("s")
                     new = view.gradient_sum(s, view.tile.sampled(view.g))
-                    _store([vector[view.tile.samples] for vector in work.states["s"]], new, weight_gate)
+                    _store(view.sample_pieces("s"), new, weight_gate)
                 self._move(view, u, of_work, weight_gate, keys)
 
     def _move(self, view: TileView, u: Tensor, scales: Scales, gate: Tensor | bool, keys: Tensor) -> None:
@@ -316,8 +317,7 @@ class EagerKernels:
                 v = view.finished(u, scales, y).mul_(c.delta)
             else:
                 v = u.mul_(scales.advance)
-            # c goes in as a full tile where pieces differ: lerp is slow on a broadcast weight.
-            y.lerp_(z, c.c if c.c.dim() == 0 else c.c.expand_as(y))
+            y.lerp_(z, c.c)
             y.addcmul_(v, c.q, value=-1)
             z.sub_(v)
         if old_y is not None:
@@ -366,12 +366,11 @@ class EagerKernels:
 
     def _tiles(self, work: Work, coefficients: Tensor, factors: Tensor | None) -> Iterator[TileView]:
         c = Coefficients(*_columns(coefficients, work))
-        gradients, weights = work.gradients(), work.weights()
         rows_and_cols = None
         if factors is not None and work.row_index is not None and work.col_index is not None:
             rows_and_cols = (factors[work.row_index], factors[work.col_index])
         for tile in work.tiles:
-            yield TileView(self._workspace, work, tile, c, gradients, weights, rows_and_cols)
+            yield TileView(self._workspace, work, tile, c, rows_and_cols)
 
     @staticmethod
     def _local_stats(work: Work, stats: Tensor) -> Tensor:
@@ -386,8 +385,8 @@ def _columns(table: Tensor, work: Work) -> tuple[Tensor, ...]:
 
 
 def _sum(tile: Tensor) -> Tensor:
-    """Sum over each piece, in fp64."""
-    return tile.reshape(len(tile), -1).sum(1, dtype=torch.float64)
+    """Sum over each piece of a tile. torch sums in blocks, so fp64 is needed only to add up tiles."""
+    return tile.reshape(len(tile), -1).sum(1).double()
 
 
 def _dot(u: Tensor) -> Tensor:

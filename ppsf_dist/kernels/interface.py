@@ -79,12 +79,12 @@ class Gates:
     Attributes:
         moments: bool vector over parameters: the second moment is updated.
         weights: bool vector: everything else is.
-        known: the two vectors as lists where the host may read them without waiting (parameters on a CPU), else None.
+        known: both as lists where the host may read them without waiting (parameters on a CPU), else None.
     """
 
     moments: Tensor
     weights: Tensor
-    known: tuple[Sequence[bool], Sequence[bool]] | None
+    known: Sequence[Sequence[bool]] | None
 
 
 class Kernels(Protocol):

@@ -33,7 +33,7 @@ class Shard:
 
     def weights(self) -> Tensor:
         """The local weights: writing to them changes the parameter."""
-        return self.param.detach()
+        return self.param
 
     def gradient(self) -> Tensor | None:
         """The local gradient, or None if this rank has none this step."""
@@ -41,7 +41,7 @@ class Shard:
 
     def local(self, tensor: Tensor) -> Tensor:
         """The plain local tensor of a tensor that lies like the parameter."""
-        return tensor.detach()
+        return tensor
 
     def spread(self, local: Tensor) -> Tensor:
         """The inverse of :meth:`local` for a checkpoint: a tensor that distributed checkpoints can reshard."""

@@ -17,12 +17,13 @@ import torch.distributed as dist
 from ppsf_dist.bootstrap import init_process_group
 
 EXIT_CODE = 3
-TIMEOUT = timedelta(seconds=60)
+# Longer than the tests wait for a launcher: a launcher that leaves a failure to this timeout fails the test.
+TIMEOUT = timedelta(minutes=10)
 EXPORTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def fail(rank: int) -> None:
-    """Ends rank 1 while gloo's threads are still busy, which is when an exit code is most easily lost; the other waits."""
+    """Ends rank 1 while gloo's threads are still busy, when an exit code is most easily lost; rank 0 waits for it."""
     works = [dist.all_reduce(torch.ones(1), async_op=True) for _ in range(64)]
     works[-1].wait()
     del works

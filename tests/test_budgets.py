@@ -1,0 +1,91 @@
+"""What a step may cost: collectives, and waits of the host for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.harness.counting import count_collectives, count_host_syncs
+from tests.harness.layouts import LAYOUTS, set_grads, shard_parameters
+from tests.harness.models import NamedShapes, gradient_sequence, initial_weights, named_shapes
+from tests.harness.pool import run
+from tests.runs import SINGLE, make_optimizer, open_loop_without_start
+from tests.switches import EVERY, Switch
+
+REDUCTIONS = {
+    "default": 2,
+    "speed": 2,
+    "momentum": 2,
+    "grams": 2,
+    "weight_decay": 2,
+    "bias_correction": 2,
+    "mean_d": 2,
+    "prodigy_steps": 2,
+    "orthograd": 2,
+    "cautious": 3,
+    "momentum_cautious": 2,
+    "no_stableadamw": 1,
+    "atan2": 1,
+    "unfactored": 1,
+    "focus": 1,
+    "adopt": 1,
+    "unfactored_orthograd": 1,
+    "unfactored_cautious": 2,
+    "unfactored_no_stableadamw": 1,
+    "adopt_no_stableadamw": 1,
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("switch", REDUCTIONS)
+@pytest.mark.parametrize("layout", ["fsdp_2", "hsdp_2x2", "fsdp_tp_2x2", "mixed"])
+def test_reductions_of_a_step(layout: str, switch: str) -> None:
+    runs = run(LAYOUTS[layout].world_size, open_loop_without_start, LAYOUTS[layout], named_shapes("small"), 3,
+               **EVERY[switch])  # fmt: skip
+    assert {(r.collectives, r.asynchronous) for r in runs} == {(REDUCTIONS[switch], 0)}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("count", [1, 100])
+def test_their_number_does_not_grow_with_the_parameters(count: int) -> None:
+    shapes: NamedShapes = [(f"w{i}", (33, 40)) for i in range(count)]
+    runs = run(2, open_loop_without_start, LAYOUTS["fsdp_2"], shapes, 3)
+    assert {r.collectives for r in runs} == {2}
+
+
+@pytest.mark.dist
+def test_replicas_need_no_collective() -> None:
+    runs = run(2, open_loop_without_start, LAYOUTS["replicated"], named_shapes("small"), 3)
+    assert {r.collectives for r in runs} == {0}
+
+
+def host_syncs(switch: Switch, *, accelerator: bool) -> dict[str, int]:
+    shapes = named_shapes("single_process")
+    parameters = shard_parameters(initial_weights(shapes), SINGLE)
+    optimizer = make_optimizer(parameters, 3, **switch)
+    for step, gradients in enumerate(gradient_sequence(shapes, 4)):
+        set_grads(parameters, gradients)
+        if step == 1 and accelerator:
+            assert optimizer._plan is not None
+            optimizer._plan.host.free = False
+        with count_host_syncs() as syncs, count_collectives() as collectives:
+            optimizer.step()
+    assert collectives.total == 0
+    return dict(syncs.names)
+
+
+@pytest.mark.parametrize("switch", EVERY)
+def test_a_step_never_waits_for_the_device(switch: str) -> None:
+    """The one read is of numbers that an earlier step sent to the host's memory and that have arrived there."""
+    assert host_syncs(EVERY[switch], accelerator=True) == {"numpy": 1}
+
+
+def test_on_a_cpu_the_step_reads_its_numbers_where_they_are() -> None:
+    """The gates (which parameters are written) and the group numbers for loggers: nothing to wait for."""
+    assert host_syncs({}, accelerator=False) == {"tolist": 2}
+
+
+def test_counting_sees_what_it_must() -> None:
+    with count_host_syncs() as syncs:
+        torch.ones(1).item()
+    assert syncs.total == 1
