@@ -22,6 +22,8 @@ from strategies import Trainer
 
 # Text that one validation looks at, the same at every validation and, up to whole batches, for every batch size.
 VALIDATION_BYTES = 1 << 16
+# Small training batches are put together to this size: validation keeps nothing for a backward pass.
+VALIDATION_BATCH_BYTES = 1 << 12
 BAR_SECONDS_IN_A_FILE = 10.0
 
 
@@ -47,7 +49,7 @@ class Run:
                 if skipped:
                     print(f"skipped steps      {skipped}: a gradient was not finite, so weights and d were left alone")
                 if received:
-                    self._say_how_to_resume(received)
+                    self._say_how_to_resume(row, received)
                 else:
                     draw(self.folder)
                     self._summarise(row)
@@ -79,9 +81,7 @@ class Run:
                     bar.set_postfix_str(_progress(row), refresh=False)
                     bar.update()
                 if last or (settings.save_every and step % settings.save_every == 0):
-                    self.trainer.save(self.folder.checkpoint(step), step)
-                    if lead:
-                        self.folder.prune()
+                    self.trainer.save(self.folder.checkpoint, step)
                 if last:
                     break
         return row, received
@@ -116,11 +116,12 @@ class Run:
     def _validation_loss(self) -> float:
         """Returns the loss of the averaged weights on the validation windows, the same on every rank."""
         settings, trainer = self.settings, self.trainer
-        batches = max(1, VALIDATION_BYTES // (settings.batch_size * settings.seq_len))
-        windows = self.corpus.validation_windows(batches * settings.batch_size, settings.seq_len + 1)
+        batch = settings.batch_size * max(1, VALIDATION_BATCH_BYTES // (settings.batch_size * settings.seq_len))
+        batches = max(1, VALIDATION_BYTES // (batch * settings.seq_len))
+        windows = self.corpus.validation_windows(batches * batch, settings.seq_len + 1)
         trainer.module.eval()
         with trainer.averaged():
-            losses = [trainer.loss_of(self._share(batch)) for batch in windows.chunk(batches)]
+            losses = [trainer.loss_of(self._share(some)) for some in windows.chunk(batches)]
         trainer.module.train()
         mean = torch.stack(losses).mean()
         dist.all_reduce(mean)
@@ -129,8 +130,8 @@ class Run:
     def _share(self, windows: Tensor) -> Tensor:
         return windows.chunk(self.trainer.data_ranks)[self.trainer.data_rank]
 
-    def _say_how_to_resume(self, received: int) -> None:
-        print(f"{signal.Signals(received).name}: saved {self.folder.checkpoints()[-1]}. To go on:")
+    def _say_how_to_resume(self, row: dict[str, Number], received: int) -> None:
+        print(f"{signal.Signals(received).name}: saved step {row['step']} in {self.folder.checkpoint}. To go on:")
         print(f"  {resume_command(self.settings, self.ranks)}", flush=True)
 
     def _summarise(self, row: dict[str, Number]) -> None:
@@ -138,7 +139,7 @@ class Run:
         print(f"validation loss    {row['val_loss']:.4f} nats per byte, averaged weights")
         print(f"unigram entropy    {self.corpus.unigram_entropy:.4f} nats per byte")
         print(f"d                  {row['d']:.3e}")
-        print(f"checkpoint         {self.folder.checkpoints()[-1]}")
+        print(f"checkpoint         {self.folder.checkpoint}")
         print(f"picture            {self.folder.picture}")
 
 

@@ -131,9 +131,15 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     files = parser.add_argument_group("files")
-    add(files, "output", "folder for metrics, picture and checkpoints", type=Path, metavar="FOLDER")
+    add(files, "output", "folder for metrics, picture and checkpoint", type=Path, metavar="FOLDER")
     add(files, "eval_every", "steps between two validations", type=_at_least(1), metavar="N")
-    add(files, "save_every", "steps between two checkpoints; 0: only one at the end", type=_at_least(0), metavar="N")
+    add(
+        files,
+        "save_every",
+        "steps between two saves of the checkpoint; 0: only at the end",
+        type=_at_least(0),
+        metavar="N",
+    )
     files.add_argument(
         "--resume",
         nargs="?",

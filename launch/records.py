@@ -1,15 +1,12 @@
-"""The output folder of a run: run.json, metrics.jsonl, checkpoints/step-N and the picture."""
+"""The output folder of a run: run.json, metrics.jsonl, the last checkpoint and the picture."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-
-KEPT_CHECKPOINTS = 2
 
 Number = float | int | None
 
@@ -24,39 +21,22 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.picture = path / "training.png"
+        self.checkpoint = path / "checkpoint"
         self._description = path / "run.json"
         self._metrics = path / "metrics.jsonl"
-        self._checkpoints = path / "checkpoints"
-
-    def checkpoint(self, step: int) -> Path:
-        """Returns where the checkpoint of a step belongs."""
-        return self._checkpoints / f"step-{step:06d}"
-
-    def checkpoints(self) -> list[Path]:
-        """Returns the finished checkpoints, oldest first."""
-        found = self._checkpoints.iterdir() if self._checkpoints.is_dir() else iter(())
-        return sorted((path for path in found if re.fullmatch(r"step-\d+", path.name)), key=_step_of)
 
     def holds_a_run(self) -> bool:
-        return self._metrics.exists() or bool(self.checkpoints())
+        return self._metrics.exists() or self.checkpoint.exists()
 
     def clear(self) -> None:
         """Removes an earlier run: its files, and nothing else that lies in the folder."""
-        shutil.rmtree(self._checkpoints, ignore_errors=True)
+        shutil.rmtree(self.checkpoint, ignore_errors=True)
         for file in (self._description, self._metrics, self.picture):
             file.unlink(missing_ok=True)
 
-    def prune(self) -> None:
-        """Removes all but the last `KEPT_CHECKPOINTS` checkpoints."""
-        for path in self.checkpoints()[:-KEPT_CHECKPOINTS]:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
     def begin(self, description: Mapping[str, object], after_step: int) -> None:
         """Writes run.json and drops the metrics later than `after_step`, which a resumed run writes again."""
-        self._checkpoints.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         self._description.write_text(json.dumps(description, indent=2) + "\n")
         kept = [row for row in self.rows() if (row["step"] or 0) <= after_step]
         self._metrics.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -82,8 +62,4 @@ class RunFolder:
 
 def run_of_checkpoint(checkpoint: Path) -> RunFolder:
     """Returns the folder of the run that wrote a checkpoint."""
-    return RunFolder(checkpoint.absolute().parent.parent)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+    return RunFolder(checkpoint.absolute().parent)

@@ -10,7 +10,7 @@
 # NNODES           hosts (default: 1); 1:2 goes on with one host when the other is lost
 # NODE_RANK        0 on the host that MASTER_ADDR names, 1, 2, ... on the others
 # MASTER_ADDR      address of host 0 that all hosts reach; MASTER_PORT (default: 29400) must be free there
-# LOCAL_ADDR       address of this host, where its name does not resolve to one that the others reach
+# LOCAL_ADDR       address of this host that the others reach (default: the one from which it reaches MASTER_ADDR)
 # JOIN_TIMEOUT     seconds in which all hosts have to come (default: 600)
 # MAX_RESTARTS     how often a failed job is started again (default: 3)
 # JOB_ID           tells jobs on the same MASTER_PORT apart (default: ppsf)
@@ -34,13 +34,21 @@ else
     : "${MASTER_ADDR:?set it to an address of host 0 that all hosts reach}"
     # Told, not guessed: torchrun compares host names, and where they do not match no host serves the store.
     is_host=$((NODE_RANK == 0))
+    # Without --local-addr rank 0 gives the name of its host to the others; where they cannot resolve it, all wait in
+    # silence. A UDP socket knows the address from which it would send, and sends nothing.
+    reached_from='
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    probe.connect((sys.argv[1], 9))
+    address = probe.getsockname()[0]
+print(sys.argv[1] if address.startswith("127.") else address)'
     where=(
         --nnodes "$NNODES"
         --rdzv-backend c10d
         --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29400}"
         --rdzv-id "${JOB_ID:-ppsf}"
         --rdzv-conf "is_host=$is_host,join_timeout=${JOIN_TIMEOUT:-600}"
-        ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"}
+        --local-addr "${LOCAL_ADDR:-$("$python" -c "$reached_from" "$MASTER_ADDR")}"
     )
 fi
 

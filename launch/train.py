@@ -44,16 +44,14 @@ def main() -> int:
 def _run(settings: Settings, ranks: ProcessInfo) -> int:
     strategy = settings.strategy or ("single" if ranks.world_size == 1 else "fsdp")
     folder = RunFolder(settings.output)
-    checkpoint = _starting_point(settings, folder)
+    _check_folder(settings, folder)
     trainer = _place(settings, strategy, ranks)
-    first = trainer.load(checkpoint) if checkpoint else 0
-    if first >= settings.steps:
-        raise UsageError(f"{checkpoint} is at step {first}, so --steps {settings.steps} leaves nothing: raise it")
+    first = _resume(settings, folder, trainer)
     corpus = standard_library()
     # Every rank has looked at the folder before rank 0 writes to it.
     dist.barrier()
     if ranks.rank == 0:
-        if not checkpoint:
+        if not first:
             folder.clear()
         description = {
             "settings": settings.fixed(),
@@ -73,26 +71,16 @@ def _run(settings: Settings, ranks: ProcessInfo) -> int:
     return Run(settings, ranks, trainer, corpus, folder).train(first)
 
 
-def _starting_point(settings: Settings, folder: RunFolder) -> Path | None:
-    """Returns the checkpoint to go on from, if any, after checking that it fits the settings."""
+def _check_folder(settings: Settings, folder: RunFolder) -> None:
+    """Refuses to overwrite a run unasked, and to resume one with settings that are not its own."""
     if settings.resume is None:
         if folder.holds_a_run() and not settings.overwrite:
             raise UsageError(
                 f"--output {folder.path} holds a run already: --resume goes on with it, --overwrite removes it, "
                 "another --output keeps it"
             )
-        return None
-    if settings.resume == LAST:
-        found = folder.checkpoints()
-        if not found:
-            # A launcher that starts a failed job again gives --resume from the start.
-            return None
-        checkpoint = found[-1]
-    else:
-        checkpoint = Path(settings.resume)
-        if not checkpoint.exists():
-            raise UsageError(f"--resume {checkpoint} does not exist: name one of the checkpoints/step-* of a run")
-    earlier = run_of_checkpoint(checkpoint).description().get("settings", {})
+        return
+    earlier = run_of_checkpoint(_checkpoint(settings, folder)).description().get("settings", {})
     assert isinstance(earlier, dict)
     changed = [
         f"{name} was {earlier[name]} and is now {value}"
@@ -100,8 +88,28 @@ def _starting_point(settings: Settings, folder: RunFolder) -> Path | None:
         if name in earlier and earlier[name] != value
     ]
     if changed:
-        raise UsageError(f"--resume {checkpoint}: {'; '.join(changed)}. Give the options that the run began with")
-    return checkpoint
+        raise UsageError(f"--resume: {'; '.join(changed)}. Give the options that the run began with")
+
+
+def _checkpoint(settings: Settings, folder: RunFolder) -> Path:
+    return folder.checkpoint if settings.resume in (None, LAST) else Path(settings.resume)
+
+
+def _resume(settings: Settings, folder: RunFolder, trainer: Trainer) -> int:
+    """Loads the checkpoint that the settings ask for and returns its step, 0 for none."""
+    if settings.resume is None:
+        return 0
+    checkpoint = _checkpoint(settings, folder)
+    try:
+        first = trainer.load(checkpoint)
+    except FileNotFoundError as error:
+        if settings.resume == LAST:
+            # A launcher that starts a failed job again gives --resume the first time too.
+            return 0
+        raise UsageError(f"--resume: {error}") from error
+    if first >= settings.steps:
+        raise UsageError(f"{checkpoint} is at step {first}, so --steps {settings.steps} leaves nothing: raise it")
+    return first
 
 
 def _place(settings: Settings, strategy: str, ranks: ProcessInfo) -> Trainer:

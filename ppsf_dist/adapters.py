@@ -2,14 +2,157 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ppsf_dist.fsdp.shards import dtensor_shards
 from ppsf_dist.sharding import Shard, Team, plain_shard, team_of_ranks
+
+Group = dict[str, Any]
+Part = frozenset[int]
+State = dict[Tensor, dict[str, Any]]
+
+
+class Member(NamedTuple):
+    """A trainable parameter, the index of its group, and its place among all parameters of the optimizer."""
+
+    param: Tensor
+    group: int
+    identity: int
+
+
+class Layout:
+    """How an optimizer's parameters stand in ``param_groups``. In this class they are there themselves, all of them.
+
+    A framework that puts tensors of its own in their place has a subclass. It may step them in several parts, each with
+    a call of ``step()`` that shows only what belongs to it; all calls together are one step.
+
+    Args:
+        groups: all parameter groups.
+        given: the list of parameters that each group was made with.
+    """
+
+    starts_with_zeros = False
+    """Whether the framework begins with a step on zero gradients, only to create state."""
+
+    def __init__(self, groups: list[Group], given: list[list[Tensor]]) -> None:
+        self.groups, self.given = groups, given
+        self._lists = [group["params"] for group in groups]
+
+    def is_current(self) -> bool:
+        """Whether the parameters still stand in ``param_groups`` as they did when this object was made."""
+        return len(self._lists) == len(self.groups) and all(
+            group["params"] is params for group, params in zip(self.groups, self._lists, strict=True)
+        )
+
+    def parameters(self) -> list[list[Tensor]]:
+        """The parameters of each group, frozen ones included."""
+        return [group["params"] for group in self.groups]
+
+    @property
+    def whole(self) -> Part:
+        """All parts of a step."""
+        return frozenset()
+
+    def part(self, visible: Sequence[Group]) -> Part:
+        """What a call of ``step()`` is about that finds these groups in ``param_groups``."""
+        return frozenset()
+
+    def signature(self, part: Part) -> Hashable:
+        """What the plan for a part depends on."""
+        return tuple([(id(p), group, p.device, p.dtype) for p, group, _ in self.members(part)])
+
+    def members(self, part: Part) -> list[Member]:
+        """The trainable parameters of a part, in order."""
+        members, position = [], 0
+        for index, params in enumerate(self.parameters()):
+            for param in params:
+                if param.requires_grad:
+                    members.append(Member(param, index, position))
+                position += 1
+        return members
+
+    def shards(self, params: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> list[Shard]:
+        """The local shard of each parameter, in order."""
+        return find_shards(params, process_group)
+
+    def refresh(self) -> None:
+        """Let the model see that ``train()`` or ``eval()`` has changed the weights. Collective."""
+
+    def state_dict(self, state: State) -> dict[str, Any] | None:
+        """The state in the form that the framework's checkpoints need, or None if any form will do."""
+        return None
+
+    def load_state_dict(self, state_dict: dict[str, Any], state: State) -> bool:
+        """Load what :meth:`state_dict` made; False if it is something else."""
+        return False
+
+    def adopt(self, state: State) -> bool:
+        """Take over what the framework has written into state and groups by itself; False if there is nothing."""
+        return False
+
+
+class CopiesLayout(Layout):
+    """``param_groups`` hold fp32 copies of 16-bit parameters; their framework copies them back after each step.
+
+    DeepSpeed does so at stage 0. It begins with a step on zero gradients.
+    """
+
+    starts_with_zeros = True
+
+    @staticmethod
+    def fits(group: Group, given: Sequence[Tensor]) -> bool:
+        """Whether a group holds copies of the trainable ones of the parameters that it was made with."""
+        originals = [p for p in given if p.requires_grad and p.numel()]
+        copies = group["params"]
+        return len(originals) == len(copies) > 0 and all(
+            type(copy) is Tensor and copy.shape == p.shape and copy.dtype == torch.float32 and p.element_size() == 2
+            for copy, p in zip(copies, originals, strict=True)
+        )
+
+    def shards(self, params: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> list[Shard]:
+        originals = dict(self._pairs())
+        shards = find_shards([originals[param] for param in params], process_group)
+        return [replace(shard, param=param) for shard, param in zip(shards, params, strict=True)]
+
+    def refresh(self) -> None:
+        for copy, original in self._pairs():
+            original.data.copy_(copy)
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return [
+            pair
+            for group, params in zip(self.groups, self.given, strict=True)
+            for pair in zip(group["params"], [p for p in params if p.requires_grad and p.numel()], strict=True)
+        ]
+
+
+def find_layout(groups: list[Group], given: list[list[Tensor]]) -> Layout:
+    """How the parameters that the groups were made with stand in ``param_groups`` now."""
+    if len(given) != len(groups):
+        # DeepSpeed removes groups without parameters.
+        given = [params for params in given if params]
+    if len(given) != len(groups):
+        return Layout(groups, given)
+    replaced = [
+        param
+        for group, params in zip(groups, given, strict=True)
+        if group["params"] is not params
+        for param in params
+    ]
+    if any(hasattr(param, "_dp_group") or hasattr(param, "_z3_optimizer") for param in replaced):
+        from ppsf_dist.deepspeed.layout import ZeroLayout
+
+        return ZeroLayout(groups, given)
+    if all(CopiesLayout.fits(group, params) for group, params in zip(groups, given, strict=True)):
+        return CopiesLayout(groups, given)
+    return Layout(groups, given)
 
 
 def find_shards(params: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> list[Shard]:
@@ -30,6 +173,10 @@ def find_shards(params: Sequence[Tensor], process_group: dist.ProcessGroup | Non
                 "which hides the shape that factored moments and the step size are computed from: use FSDP2, "
                 "torch.distributed.fsdp.fully_shard(model)"
             )
+    if any(getattr(param, "allreduce", True) is False and hasattr(param, "group_name") for param in params):
+        from ppsf_dist.deepspeed.experts import shards_with_experts
+
+        return shards_with_experts(params)
     sharded = iter(dtensor_shards([p for p in params if isinstance(p, DTensor)]))
     shards = [next(sharded) if isinstance(p, DTensor) else plain_shard(p) for p in params]
     domains = {shard.domain for shard in shards if shard.domain}

@@ -27,18 +27,17 @@ STRUCTURAL = ("use_schedulefree", "use_speed", "use_focus", "factored", "factore
 """Switches that decide which state there is: a checkpoint made with other ones does not fit."""
 
 
-def interpolate(weights: Tensor, state: dict[str, Any], weight: float, train: bool, quirks: bool) -> None:
+def interpolate(weights: Tensor, state: dict[str, Any], weight: float, *, train: bool, keep: bool) -> None:
     """Move the weights between y and x: ``weights + weight (z - weights)`` in the parameter's dtype.
 
-    In 16 bits this loses a little with each round trip (``docs/differences.md``, O24); without quirks the training
-    weights are kept aside in the state (``y``) and come back as they were.
+    Each round trip loses a little, most in 16 bits (``docs/differences.md``, O24). With ``keep`` the training weights
+    are kept aside in the state (``y``) and come back as they were.
     """
-    exact = not quirks and weights.dtype != torch.float32
     if train and "y" in state:
         weights.copy_(state.pop("y"))
         return
-    if exact and not train:
-        state["y"] = weights.clone()
+    if keep and not train:
+        state["y"] = weights.detach().clone()
     weights.lerp_(state["z"], weight)
 
 
@@ -54,6 +53,10 @@ def to_portable(shard: Shard, state: dict[str, Any]) -> dict[str, Any]:
             portable[name] = shard.spread_rows(_by_row(shard, value))
         else:
             portable[name] = value
+    for name in SAMPLED if "p0" not in state else ():
+        # Freed by prodigy_steps; the keys of a checkpoint do not depend on when it was made.
+        freed = shard.weights().new_zeros(shard.row_count, row_width(shard.shape))
+        portable[name] = shard.spread_rows(freed)
     return portable
 
 
@@ -201,7 +204,7 @@ def _samples_from(shard: Shard, name: str, value: Tensor, where: str) -> Tensor:
         if len(value) != total:
             raise ValueError(f"{name} of {where} has {len(value)} samples in the checkpoint, {total} are needed")
         whole = _whole(value)
-        return whole[index.to(whole.device)]
+        return whole[(index // SLICE).to(whole.device)]
     rows = shard.shape[0] if shard.shape else 1
     _check_shape(name, value, (rows, row_width(shard.shape)), where)
     local = shard.extract_rows(value)

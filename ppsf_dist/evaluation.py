@@ -4,37 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from ppsf_dist.fsdp.modules import reshard
+from ppsf_dist.optimizer import ProdigyPlusScheduleFree
 
 
 @contextmanager
-def averaged(optimizer: Optimizer, model: nn.Module | None = None) -> Iterator[None]:
+def averaged(optimizer: Any, model: nn.Module | None = None) -> Iterator[None]:
     """Evaluate with the averaged weights x, then go back to the training weights y, bit for bit.
 
     Args:
-        optimizer: a :class:`ppsf_dist.ProdigyPlusScheduleFree`, or any optimizer with ``train()`` and ``eval()`` that
-            swap its parameters in place.
+        optimizer: a :class:`ppsf_dist.ProdigyPlusScheduleFree`, something that wraps one (DeepSpeed's or Accelerate's
+            optimizers), or any optimizer with ``train()`` and ``eval()`` that swap its parameters in place.
         model: the model that it trains. FSDP2 keeps gathered copies of some weights between forward passes, which a
             swap does not reach: give the model so that they are dropped.
 
     Already inside an evaluation (``optimizer.eval()`` was called), nothing is swapped.
     """
+    optimizer = innermost(optimizer)
     swapped = [group for group in optimizer.param_groups if group["train_mode"]]
-    kept = [p.detach().clone() for group in swapped for p in group["params"]] if swapped else []
-    if swapped:
-        optimizer.eval()  # type: ignore[attr-defined]
-        reshard(model)
+    kept = []
+    if isinstance(optimizer, ProdigyPlusScheduleFree):
+        optimizer.eval(keep=True)
+    elif swapped:
+        kept = [(p, p.detach().clone()) for group in swapped for p in group["params"]]
+        optimizer.eval()
+    reshard(model)
     try:
         yield
     finally:
         if swapped:
-            optimizer.train()  # type: ignore[attr-defined]
+            optimizer.train()
             with torch.no_grad():
-                for param, before in zip((p for group in swapped for p in group["params"]), kept, strict=True):
+                for param, before in kept:
                     param.copy_(before)
             reshard(model)
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer inside of the wrappers that trainers and DeepSpeed put around it."""
+    while not isinstance(optimizer, ProdigyPlusScheduleFree) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer

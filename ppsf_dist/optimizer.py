@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ppsf_dist import checkpoint
-from ppsf_dist.adapters import find_shards, find_team
+from ppsf_dist.adapters import Layout, Part, find_layout, find_team
 from ppsf_dist.algorithm import averaging
 from ppsf_dist.host import HostAccess
 from ppsf_dist.kernels.eager import EagerKernels
@@ -20,6 +20,7 @@ from ppsf_dist.kernels.interface import Stat
 from ppsf_dist.options import ARGUMENTS, Switches, validate_group, validate_together
 from ppsf_dist.plan import Plan
 from ppsf_dist.scalars import GroupNumbers, PartNumbers, StepNumbers, initial_numbers
+from ppsf_dist.sharding import Team
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -121,10 +122,17 @@ class ProdigyPlusScheduleFree(Optimizer):
         validate_group(defaults, lr_may_be_zero=False)
         self._process_group = process_group
         self._seed = seed
-        self._plan: Plan | None = None
+        self._given: list[list[Tensor]] = []
+        self._all_groups: list[dict[str, Any]] = []
+        self._layout: Layout | None = None
+        self._team: Team | None = None
+        self._plans: dict[Part, Plan] = {}
         self._numbers: GroupNumbers | None = None
+        self._step: StepNumbers | None = None
+        self._stepped: Part = frozenset()
         self._kernels = EagerKernels()
         super().__init__(params, defaults)
+        self._all_groups = self.param_groups
         validate_together(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -133,6 +141,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         Raises:
             ValueError: an argument is out of range or does not fit the other groups; nothing is added then.
         """
+        self._settle()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -141,9 +150,11 @@ class ProdigyPlusScheduleFree(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        self._forget()
         for name, value in initial_numbers(group).items():
             group.setdefault(name, value)
         group.setdefault("train_mode", self.param_groups[0].get("train_mode", True))
+        self._given.append(group["params"])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -164,25 +175,33 @@ class ProdigyPlusScheduleFree(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if any(group["use_schedulefree"] and not group["train_mode"] for group in self.param_groups):
+        layout = self._current_layout()
+        part = layout.part(self.param_groups)
+        if self._stepped & part:
+            # The framework has left out some parts of the step before.
+            self._finish_step()
+        fresh = not self.state
+        plan = self._current_plan(part)
+        if plan is None or (fresh and self._creates_state_only(plan)):
+            return loss
+        if any(group["use_schedulefree"] and not group["train_mode"] for group in self._groups):
             raise RuntimeError(
                 "step() was called while the parameters hold the averaged weights: call optimizer.train() after "
                 "evaluating, before the next forward pass"
             )
-        fresh = not self.state
-        plan = self._current_plan()
-        if plan is None or (fresh and self._creates_state_only(plan)):
-            return loss
-        step = self._begin_step()
-        self._advance(plan, step)
-        self._finish_step(step)
+        if self._step is None:
+            self._step = self._begin_step()
+        self._advance(plan, self._step)
+        self._stepped |= part
+        if self._stepped >= layout.whole:
+            self._finish_step()
         return loss
 
     def _begin_step(self) -> StepNumbers:
         """The numbers that all parts of a step use."""
         assert self._numbers is not None
-        self._numbers.absorb(self.param_groups)
-        return StepNumbers(self._numbers, self.param_groups, self._seed)
+        self._numbers.absorb(self._groups)
+        return StepNumbers(self._numbers, self._groups, self._seed)
 
     def _advance(self, plan: Plan, step: StepNumbers) -> None:
         """The picture: pass 1, reduce 1, moments, pass 2, reduce 2, pass 3, for the parameters of a plan."""
@@ -220,47 +239,60 @@ class ProdigyPlusScheduleFree(Optimizer):
         numbers.commit(stats, gates)
         plan.end()
 
-    def _finish_step(self, step: StepNumbers) -> None:
+    def _finish_step(self) -> None:
         """d for the next step, from the sums of all parts."""
-        assert self._numbers is not None
-        step.commit()
-        self._numbers.publish(self.param_groups, wait=False)
+        assert self._numbers is not None and self._step is not None
+        self._step.commit()
+        self._numbers.publish(self._groups, wait=False)
+        self._step, self._stepped = None, frozenset()
 
-    def _current_plan(self) -> Plan | None:
-        """The plan for the parameters as they are now, made anew if they or their switches have changed."""
-        signature: list[object] = []
-        trainable: list[Tensor] = []
-        groups_of: list[int] = []
-        identities: list[int] = []
-        switches = []
-        position = 0
-        for index, group in enumerate(self.param_groups):
-            frozen = group["prodigy_steps"] > 0 and group["k"] >= group["prodigy_steps"]
-            switches.append(Switches.of(group, statistics=not frozen))
-            for param in group["params"]:
-                if param.requires_grad:
-                    trainable.append(param)
-                    groups_of.append(index)
-                    identities.append(position)
-                    signature.append((id(param), index, param.device, param.dtype))
-                position += 1
-        key = (tuple(signature), tuple(switches))
-        if self._plan is not None and self._plan.signature == key:
-            return self._plan
-        if not trainable:
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        """All parameter groups, also while a framework lets ``param_groups`` show only some of them."""
+        known = {id(group) for group in self._all_groups}
+        if any(id(group) not in known for group in self.param_groups):
+            self._all_groups = self.param_groups
+        return self._all_groups
+
+    def _current_layout(self) -> Layout:
+        """How the parameters stand in the groups now, after taking over what a framework has loaded there."""
+        groups = self._groups
+        if self._layout is None or self._layout.groups is not groups or not self._layout.is_current():
+            self._layout = find_layout(groups, self._given)
+        if self._layout.adopt(self.state):
+            self._forget()
+        return self._layout
+
+    def _current_plan(self, part: Part) -> Plan | None:
+        """The plan for a part as it is now, made anew if its parameters or their switches have changed."""
+        layout, groups = self._current_layout(), self._groups
+        frozen = [group["prodigy_steps"] > 0 and group["k"] >= group["prodigy_steps"] for group in groups]
+        switches = [Switches.of(group, statistics=not f) for group, f in zip(groups, frozen, strict=True)]
+        key = (layout.signature(part), tuple(switches))
+        plan = self._plans.get(part)
+        if plan is not None and plan.signature == key:
+            return plan
+        members = layout.members(part)
+        if not members:
             return None
-        team = None if self._plan is None else self._plan.team
         self._settle()
-        shards = find_shards(trainable, self._process_group)
-        team = find_team(shards, self._process_group) if team is None else team
+        params, groups_of, identities = (list(column) for column in zip(*members, strict=True))
+        shards = layout.shards(params, self._process_group)
+        if self._team is None:
+            everything = [member.param for member in layout.members(layout.whole)]
+            every_shard = shards if len(everything) == len(params) else layout.shards(everything, self._process_group)
+            self._team = find_team(every_shard, self._process_group)
         host = HostAccess(shards[0].weights().device)
-        self._plan = Plan(shards, groups_of, identities, switches, team, host, self.state, key)
-        self._numbers = GroupNumbers(self.param_groups, host)
-        return self._plan
+        plan = Plan(shards, groups_of, identities, switches, self._team, host, self.state, key)
+        self._plans[part] = plan
+        if self._numbers is None or len(self._numbers.published) != len(groups):
+            self._numbers = GroupNumbers(groups, host)
+        return plan
 
     def _creates_state_only(self, plan: Plan) -> bool:
         """Whether this is the step with lr 0 and zero gradients that distributed checkpoints make to create state."""
-        if any(float(group["lr"]) != 0 for group in self.param_groups):
+        assert self._layout is not None
+        if any(float(group["lr"]) != 0 for group in self._groups) and not self._layout.starts_with_zeros:
             return False
         total = torch.zeros(1, dtype=torch.float64, device=plan.stats.device)
         for shard in plan.shards:
@@ -272,15 +304,24 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     def _settle(self) -> None:
         """Write everything that lives on the device into ``state`` and ``param_groups``. Waits for the device."""
-        if self._plan is not None:
-            self._plan.settle()
+        for plan in self._plans.values():
+            plan.settle()
         if self._numbers is not None:
-            self._numbers.absorb(self.param_groups)
-            self._numbers.publish(self.param_groups, wait=True)
+            self._numbers.absorb(self._groups)
+            self._numbers.publish(self._groups, wait=True)
+
+    def _forget(self) -> None:
+        """Start anew from ``state`` and ``param_groups``, which somebody has replaced."""
+        self._plans, self._numbers, self._team = {}, None, None
+        self._step, self._stepped = None, frozenset()
 
     @torch.no_grad()
-    def eval(self) -> None:
+    def eval(self, *, keep: bool = False) -> None:
         """Put the averaged weights x into the parameters. Does nothing if they are there already.
+
+        Args:
+            keep: keep a copy of the training weights, so that :meth:`train` brings them back bit for bit. Otherwise
+                it computes them, which loses some digits each time.
 
         Raises:
             ValueError: ``betas[0]`` is 0, where the average cannot be recovered.
@@ -291,7 +332,7 @@ class ProdigyPlusScheduleFree(Optimizer):
                     f"betas[0]=0 in parameter group {index}: with use_schedulefree=True the average x can only be "
                     "recovered from y and z if betas[0] > 0; use betas=(0.9, ...), or use_schedulefree=False"
                 )
-        self._switch(train=False)
+        self._switch(train=False, keep=keep)
 
     @torch.no_grad()
     def train(self, mode: bool = True) -> None:
@@ -303,26 +344,31 @@ class ProdigyPlusScheduleFree(Optimizer):
         if not mode:
             self.eval()
             return
-        self._switch(train=True)
+        self._switch(train=True, keep=False)
 
-    def _switch(self, *, train: bool) -> None:
+    def _switch(self, *, train: bool, keep: bool) -> None:
         changing = [g for g in self.param_groups if g["use_schedulefree"] and g["train_mode"] != train]
         for group in self.param_groups:
             group["train_mode"] = train
         if not changing:
             return
         self._settle()
-        shards = {} if self._plan is None else {shard.param: shard for shard in self._plan.shards}
-        if self._plan is None and self.state:
-            found = find_shards([p for p in self.state], self._process_group)
-            shards = {shard.param: shard for shard in found}
-        for group in changing:
+        layout = self._current_layout()
+        shards = {shard.param: shard for plan in self._plans.values() for shard in plan.shards}
+        unplanned = [p for params in layout.parameters() for p in params if p in self.state and p not in shards]
+        shards |= {shard.param: shard for shard in layout.shards(unplanned, self._process_group)}
+        for group, params in zip(self._groups, layout.parameters(), strict=True):
+            if not any(group is other for other in changing):
+                continue
             beta1 = group["betas"][0]
             weight = averaging.eval_to_train_weight(beta1) if train else averaging.train_to_eval_weight(beta1)
-            for param in group["params"]:
+            for param in params:
                 state = self.state.get(param)
                 if state and state.get("step") and "z" in state:
-                    checkpoint.interpolate(shards[param].weights(), state, weight, train, group["reference_quirks"])
+                    weights = shards[param].weights()
+                    exact = keep or (not group["reference_quirks"] and weights.dtype != torch.float32)
+                    checkpoint.interpolate(weights, state, weight, train=train, keep=exact)
+        layout.refresh()
 
     def get_d(self) -> list[float]:
         """The step size d of each parameter group. Waits for the device."""
@@ -345,9 +391,13 @@ class ProdigyPlusScheduleFree(Optimizer):
         Under a sharded layout every rank must call it.
         """
         self._settle()
+        layout = self._current_layout()
+        own = layout.state_dict(self.state)
+        if own is not None:
+            return own
         state_dict = super().state_dict()
         packed = [p for group in self.param_groups for p in group["params"]]
-        shards = find_shards([p for p in packed if p in self.state], self._process_group)
+        shards = layout.shards([p for p in packed if p in self.state], self._process_group)
         by_param = {shard.param: shard for shard in shards}
         state_dict["state"] = {
             index: checkpoint.to_portable(by_param[param], self.state[param])
@@ -363,18 +413,31 @@ class ProdigyPlusScheduleFree(Optimizer):
         Raises:
             ValueError: the checkpoint does not fit; the message names the parameter and the key. Nothing is changed.
         """
-        packed = [p for group in self.param_groups for p in group["params"]]
-        trainable = find_shards(packed, self._process_group) if packed else []
-        loaded = checkpoint.read_state(state_dict, trainable, self.param_groups)
-        groups = checkpoint.read_groups(state_dict, self.param_groups)
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        self._plan = self._numbers = None
+        layout = self._current_layout()
+        if layout.load_state_dict(state_dict, self.state):
+            self._forget()
+            return
+        parameters = layout.parameters()
+        ours = [{**group, "params": params} for group, params in zip(self._groups, parameters, strict=True)]
+        shards = layout.shards([p for params in parameters for p in params], self._process_group)
+        loaded = checkpoint.read_state(state_dict, shards, ours)
+        groups = checkpoint.read_groups(state_dict, ours)
+        if layout.whole:
+            # The groups are the framework's as well, which looks at their tensors and knows them by identity.
+            for group, values in zip(self._groups, groups, strict=True):
+                group.update({name: value for name, value in values.items() if name != "params"})
+            self.state.clear()
+        else:
+            super().load_state_dict({"state": {}, "param_groups": groups})
+            self._all_groups = self.param_groups
+        self._forget()
         for param, entries in loaded.items():
             self.state[param] = entries
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        return {**self.__dict__, "_plan": None, "_numbers": None, "_kernels": None, "_process_group": None}
+        gone = dict.fromkeys(("_numbers", "_step", "_layout", "_team", "_kernels", "_process_group"))
+        return {**self.__dict__, "_plans": {}, **gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -47,8 +47,17 @@ def displacement(p0: Tensor, point: Tensor, stored: torch.dtype) -> Tensor:
     return difference.to(torch.promote_types(p0.dtype, stored)).float()
 
 
-def gradient_sum(s: Tensor, beta3: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
-    """``beta3 s + weight g`` on the samples, rounded to the dtype of ``s`` after each of its two operations."""
+def gradient_sum(s: Tensor, beta3: Tensor, weight: Tensor, gradient: Tensor, stored: torch.dtype) -> Tensor:
+    """``beta3 s + weight g`` on the samples, rounded to the dtype of ``s`` after each of its two operations.
+
+    Args:
+        s: the sum so far.
+        beta3, weight: decay and weight (fp32).
+        gradient: the sampled gradient, as fp32.
+        stored: dtype in which the gradient is stored. Where it is that of ``s``, torch rounds the weight to it as well.
+    """
+    if stored == s.dtype:
+        weight = weight.to(stored).float()
     decayed = (s.float() * beta3).to(s.dtype)
     return (decayed.float() + gradient.float() * weight).to(s.dtype)
 

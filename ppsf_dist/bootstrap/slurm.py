@@ -7,6 +7,9 @@ import re
 import zlib
 from datetime import timedelta
 
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch has it, its stubs do not
+
 from ppsf_dist.bootstrap.meeting import ANY_PORT, announced, ask, join_store, open_store
 from ppsf_dist.bootstrap.place import LOOPBACK, Place, integer, optional_integer, text
 
@@ -67,10 +70,10 @@ def place_from_slurm(timeout: timedelta) -> Place:
     if rank == 0:
         store = open_store(address, optional_integer("MASTER_PORT") or ANY_PORT, world_size, timeout)
         with announced(store.port, token, ports):
-            store.wait([f"joined/{peer}" for peer in range(1, world_size)])
+            _await_peers(store, world_size, timeout)
     else:
         store = join_store(address, ask(address, ports, token, timeout), world_size, timeout)
-        store.set(f"joined/{rank}", "")
+        store.set(_joined(rank), "")
     return Place(
         launcher="srun",
         rank=rank,
@@ -82,3 +85,19 @@ def place_from_slurm(timeout: timedelta) -> Place:
         group_rank=node,
         store=store,
     )
+
+
+def _joined(rank: int) -> str:
+    return f"joined/{rank}"
+
+
+def _await_peers(store: TCPStore, world_size: int, timeout: timedelta) -> None:
+    peers = range(1, world_size)
+    try:
+        store.wait([_joined(peer) for peer in peers])
+    except dist.DistStoreError as error:
+        missing = [peer for peer in peers if not store.check([_joined(peer)])]
+        raise RuntimeError(
+            f"Ranks {missing} did not come within {timeout}: see whether they started, and set MASTER_ADDR to an "
+            f"address of this host that theirs reach."
+        ) from error

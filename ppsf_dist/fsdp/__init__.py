@@ -1,1 +1,6 @@
-"""FSDP2 and every other layout made of DTensors."""
+"""FSDP2 and every other layout made of DTensors: checkpoints, and what to do after weights were swapped."""
+
+from ppsf_dist.fsdp.checkpoint import load_checkpoint, save_checkpoint
+from ppsf_dist.fsdp.modules import reshard
+
+__all__ = ["load_checkpoint", "reshard", "save_checkpoint"]

@@ -112,7 +112,7 @@ class TileView:
     def gradient_sum(self, s: Tensor, gradient: Tensor) -> Tensor:
         """Prodigy's s after this step, from the sampled gradient ``(pieces, m)``."""
         beta3, weight = (t if t.dim() == 0 else t.view(-1, 1) for t in (self.c.beta3, self.c.s_weight))
-        return step_size.gradient_sum(s, beta3, weight, gradient)
+        return step_size.gradient_sum(s, beta3, weight, gradient, self.weight_pieces[0].dtype)
 
     def second_moment(self, point: Tensor) -> tuple[Tensor, Tensor]:
         """The stored elementwise second moment and its value after this step, both in the stored dtype."""
@@ -132,8 +132,9 @@ class TileView:
             u = torch.mul(*self.factors, out=self.workspace.take("u", self.g, self.shape))
         else:
             old, moment = self.second_moment(self.point() if switches.focus else self.g)
-            u = (old if switches.adopt else moment).float()
-            u = u if switches.focus else u.sqrt()
+            of_u = old if switches.adopt else moment
+            # A 16-bit moment has a 16-bit root, as in the reference.
+            u = of_u.float() if switches.focus else of_u.sqrt().float()
         if not switches.schedulefree:
             return self._momentum_direction(u, moment)
         if switches.focus:

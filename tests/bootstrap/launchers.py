@@ -123,9 +123,12 @@ def mpich(*arguments: str, **variables: str) -> Outcome:
 
 
 def open_mpi(*arguments: str, **variables: str) -> Outcome:
-    mpirun = open_mpi_mpirun()
-    flags = {"MPIRUN_FLAGS": "--oversubscribe"}
-    return run([str(ROOT / "launch/mpirun.sh"), *arguments], **{"MPIRUN": str(mpirun), **flags, **variables})
+    chosen = {
+        "MPIRUN": str(open_mpi_mpirun()),
+        "MPIRUN_FLAGS": "--oversubscribe",
+        "MPI4PY_LIBMPI": open_mpi_library(),
+    }
+    return run([str(ROOT / "launch/mpirun.sh"), *arguments], **{**chosen, **variables})
 
 
 def slurm(folder: Path) -> Callable[..., Outcome]:

@@ -208,3 +208,10 @@ def test_no_port_left_to_announce_on() -> None:
     with listener() as taken, pytest.raises(RuntimeError, match="None of the ports .* is free"):
         with meeting.announced(1, "this-job", [taken.getsockname()[1]]):
             raise AssertionError("the port was taken")
+
+
+def test_slurm_step_of_which_a_rank_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_variables(monkeypatch, SLURM_JOB_ID=str(os.getpid()), SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="3")
+    set_variables(monkeypatch, SLURM_STEP_NUM_NODES="1", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NODEID="0")
+    with pytest.raises(RuntimeError, match=r"Ranks \[1, 2\] did not come within 0:00:01"):
+        init_process_group(timeout=timedelta(seconds=1))
