@@ -141,10 +141,7 @@ def find_layout(groups: list[Group], given: list[list[Tensor]]) -> Layout:
     if len(given) != len(groups):
         return Layout(groups, given)
     replaced = [
-        param
-        for group, params in zip(groups, given, strict=True)
-        if group["params"] is not params
-        for param in params
+        param for group, params in zip(groups, given, strict=True) if group["params"] is not params for param in params
     ]
     if any(hasattr(param, "_dp_group") or hasattr(param, "_z3_optimizer") for param in replaced):
         from ppsf_dist.deepspeed.layout import ZeroLayout

@@ -213,6 +213,7 @@ class EagerKernels:
     def pass_1(self, works: Sequence[Work], coefficients: Tensor, factors: Tensor, sums: Tensor, stats: Tensor) -> None:
         for work in works:
             if not work.owned:
+                self._check_finite(work, coefficients, stats)
                 continue
             switches = work.switches
             row_sums = None if work.row_index is None else torch.zeros_like(work.row_index, dtype=torch.float32)
@@ -349,6 +350,14 @@ class EagerKernels:
         torch.add(relative, (work.starts + offset).view(-1, *ones), out=bits)
         bits.bitwise_xor_(keys[work.slot_index].view(-1, *ones))
         return rounding.mix_(bits, self._workspace.take("shifted", view.g, view.shape, torch.int32))
+
+    def _check_finite(self, work: Work, coefficients: Tensor, stats: Tensor) -> None:
+        """A replica's part in the sums: 0, unless its gradient is not finite."""
+        local = self._local_stats(work, stats)
+        for view in self._tiles(work, coefficients, None):
+            square = torch.mul(view.g, view.g, out=self._workspace.take("u", view.g, view.shape))
+            local[:, Stat.GRAD_SQUARE] += _sum(square) * 0
+        stats.index_add_(0, work.slot_index, local)
 
     def _sample_sums(self, view: TileView, local: Tensor) -> None:
         """Prodigy's and SPEED's sums over every 11th element."""

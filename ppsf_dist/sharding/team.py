@@ -14,13 +14,11 @@ class Team:
 
     Args:
         group: their process group, or None for a process alone: every reduction is then free.
-        device: where reductions run. Differs from the parameters' device when these are offloaded to the CPU of an
-            accelerator job.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
-        self.device = device
+        self._device_types = _device_types(group)
         self.ranks: tuple[int, ...] = tuple(dist.get_process_group_ranks(group)) if group is not None else ()
 
     @property
@@ -34,16 +32,34 @@ class Team:
         """
         if self.is_alone or not tensors:
             return
-        if len(tensors) == 1 and (self.device is None or tensors[0].device == self.device):
+        device = self._device_for(tensors[0])
+        if len(tensors) == 1 and tensors[0].device == device:
             dist.all_reduce(tensors[0], group=self.group)
             return
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-        flat = torch.cat([t.reshape(-1).to(device=self.device, dtype=dtype) for t in tensors])
+        flat = torch.cat([t.reshape(-1).to(device=device, dtype=dtype) for t in tensors])
         dist.all_reduce(flat, group=self.group)
         start = 0
         for tensor in tensors:
             tensor.copy_(flat[start : start + tensor.numel()].view(tensor.shape))
             start += tensor.numel()
+
+    def fill_(self, tensor: Tensor) -> None:
+        """Complete a tensor of which each rank has filled in a part of its own, with zeros elsewhere, in place.
+
+        Every bit arrives as it was, in any dtype.
+        """
+        if not self.is_alone and tensor.numel():
+            parts = tensor.view(-1).view(torch.uint8)
+            here = parts.to(self._device_for(tensor))
+            dist.all_reduce(here, group=self.group)
+            parts.copy_(here)
+
+    def _device_for(self, tensor: Tensor) -> torch.device:
+        """Where the ranks can reduce a tensor: NCCL cannot in the memory of the host, where offloaded weights lie."""
+        if tensor.device.type in self._device_types:
+            return tensor.device
+        return torch.device(self._device_types[0], torch.accelerator.current_device_index())
 
     def gather(self, value: object) -> list[object]:
         """Every rank's picklable value, in the order of :attr:`ranks`. Waits for the host: not for use in a step."""
@@ -54,11 +70,19 @@ class Team:
         return values
 
 
-def team_of_ranks(ranks: Sequence[int], device: torch.device | None = None) -> Team:
+def _device_types(group: dist.ProcessGroup | None) -> list[str]:
+    """Types of the devices on which a group can reduce."""
+    if group is None:
+        return []
+    # As in "cpu:gloo,cuda:nccl".
+    return [backend.split(":")[0] for backend in dist.get_backend_config(group).split(",")]
+
+
+def team_of_ranks(ranks: Sequence[int]) -> Team:
     """The team of the given global ranks. Collective over those ranks when no existing group fits."""
     if len(ranks) <= 1:
         return Team(None)
     if len(ranks) == dist.get_world_size():
-        return Team(dist.group.WORLD, device)
+        return Team(dist.group.WORLD)
     group = dist.new_group(sorted(ranks), use_local_synchronization=True)
-    return Team(group, device)
+    return Team(group)
