@@ -116,6 +116,15 @@ class CopiesLayout(Layout):
             for copy, p in zip(copies, originals, strict=True)
         )
 
+    def members(self, part: Part) -> list[Member]:
+        places = {id(param): place for place, param in enumerate(p for params in self.given for p in params)}
+        originals = {id(copy): original for copy, original in self._pairs()}
+        return [
+            Member(copy, index, places[id(originals[id(copy)])])
+            for index, group in enumerate(self.groups)
+            for copy in group["params"]
+        ]
+
     def shards(self, params: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> list[Shard]:
         originals = dict(self._pairs())
         shards = find_shards([originals[param] for param in params], process_group)

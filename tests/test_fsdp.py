@@ -132,7 +132,6 @@ def test_sixteen_bit_training(how: str, dtype: torch.dtype) -> None:
     assert runs[0]["d"] == runs[1]["d"]
     assert runs[0]["dtypes"] == {str(dtype)}
     assert mean(runs, "losses") == pytest.approx(expected["losses"], abs=0.03)
-    assert runs[0]["losses"][-1] < runs[0]["losses"][0]
 
 
 def stale_forward(how: str, give_model: bool) -> float:

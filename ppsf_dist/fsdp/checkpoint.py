@@ -55,6 +55,15 @@ def save_checkpoint(
     Raises:
         TypeError: ``extra`` holds something that JSON cannot.
     """
+    state: dict[str, Any] = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+    write_checkpoint(path, state, extra)
+
+
+def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any], extra: dict[str, Any] | None = None) -> None:
+    """Save the state dicts of model and optimizer in the way of :func:`save_checkpoint`."""
     root = Path(path)
     text = json.dumps(extra or {})
     before = _current(root)
@@ -66,10 +75,6 @@ def save_checkpoint(
         # What a killed save may have left.
         shutil.rmtree(folder, ignore_errors=True)
     _barrier()
-    state: dict[str, Any] = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-    }
     save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     if _rank() == 0:
         (folder / EXTRA).write_text(text)
@@ -92,9 +97,7 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: O
         FileNotFoundError: ``path`` holds no finished checkpoint.
         ValueError: the checkpoint was made with other switches or shapes; the message names the key.
     """
-    folder = _current(Path(path))
-    if folder is None:
-        raise FileNotFoundError(f"{path} holds no finished checkpoint: expected a file {LATEST!r} in it")
+    folder = finished_checkpoint(path)
     state: dict[str, Any] = {
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer),
@@ -102,5 +105,22 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: O
     load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    return read_extra(folder)
+
+
+def finished_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """The folder of the last finished save.
+
+    Raises:
+        FileNotFoundError: ``path`` holds no finished checkpoint.
+    """
+    folder = _current(Path(path))
+    if folder is None:
+        raise FileNotFoundError(f"{path} holds no finished checkpoint: expected a file {LATEST!r} in it")
+    return folder
+
+
+def read_extra(folder: Path) -> dict[str, Any]:
+    """The plain values that lie beside the state."""
     extra: dict[str, Any] = json.loads((folder / EXTRA).read_text())
     return extra

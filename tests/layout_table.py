@@ -1,0 +1,134 @@
+"""The table of layouts in the README, from real runs: ``python -m tests.layout_table``.
+
+The same work (fixed global gradients, awkward shapes) on every layout, compared with one process: our optimizer, and
+others as they are, without a change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import prodigyopt
+import schedulefree
+import torch
+from prodigyplus.prodigy_plus_schedulefree import ProdigyPlusScheduleFree as Reference
+from torch import Tensor
+
+from ppsf_dist import ProdigyPlusScheduleFree
+from tests.harness.counting import count_collectives
+from tests.harness.layouts import LAYOUTS, Layout, gather, set_grads, shard_parameters
+from tests.harness.models import D0, NamedShapes, gradient_sequence, initial_weights, named_shapes
+from tests.harness.pool import JobFailed, close, run
+
+STEPS = 12
+AWKWARD = [(name, shape) for name, shape in named_shapes("all") if not name.startswith("zero")]
+EVEN = named_shapes("matrices")
+
+OPTIMIZERS: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
+    "ppsf_dist": lambda p: ProdigyPlusScheduleFree(p, d0=D0),
+    "prodigy-plus-schedule-free": lambda p: Reference(p, d0=D0),
+    "prodigyopt": lambda p: prodigyopt.Prodigy(p, d0=D0),
+    "schedulefree": lambda p: schedulefree.AdamWScheduleFree(p, lr=1e-3),
+    "torch AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3),
+    "torch Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-3),
+}
+
+ROWS = {
+    "replicated": "DDP, 2 ranks",
+    "fsdp_2": "FSDP2, 2 ranks, nothing but matrices that divide evenly",
+    "fsdp_real": "FSDP2 (`fully_shard`), 2 ranks",
+    "fsdp_3": "FSDP2, 3 ranks, uneven",
+    "fsdp_4": "FSDP2, 4 ranks, uneven, empty shards",
+    "hsdp_2x2": "HSDP, 2 x 2 ranks",
+    "shard1": "FSDP2, sharded by columns, 2 ranks",
+    "tp": "tensor parallel, 2 ranks",
+    "fsdp_tp_2x2": "FSDP2 x tensor parallel, 2 x 2 ranks",
+    "fsdp_tp_3x2": "FSDP2 x tensor parallel, 3 x 2 ranks, uneven",
+    "mixed": "FSDP2 with ignored parameters, 2 ranks",
+}
+
+SAME = 1e-5
+"""Largest difference, relative to the movement of the parameter, that another order of summation explains."""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def work(layout: Layout, name: str, shapes: NamedShapes) -> tuple[dict[str, Tensor], float, int]:
+    """Whole weights, d of this rank (0 if there is none), and blocking collectives of the last step."""
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    parameters = shard_parameters(initial_weights(shapes), layout)
+    with quiet():
+        optimizer = OPTIMIZERS[name](list(parameters.values()))
+        if name == "schedulefree":
+            optimizer.train()  # type: ignore[attr-defined]
+        for gradients in gradient_sequence(shapes, STEPS):
+            set_grads(parameters, gradients)
+            with count_collectives() as collectives:
+                optimizer.step()
+    d = optimizer.get_d_estimate() if isinstance(optimizer, ProdigyPlusScheduleFree) else 0.0
+    return gather(parameters), float(d or optimizer.param_groups[0].get("d", 0.0)), collectives.blocking
+
+
+def compared(
+    name: str, layout: Layout, expected: tuple[dict[str, Tensor], float, int]
+) -> tuple[float, float, int] | str:
+    """Largest relative difference of d and of weights from one process, and collectives; or how it failed."""
+    expected = work(LAYOUTS["single"], name, shapes)
+    try:
+        runs = run(
+            layout.world_size, importlib.import_module("tests.layout_table").work, layout, name, shapes, timeout=60
+        )
+    except JobFailed as failure:
+        text = str(failure)
+        if "differ" in text:
+            return "wrong: replicas differ"
+        return "hangs" if "did not return" in text else "raises"
+    weights, d, collectives = runs[0]
+    start = initial_weights(shapes)
+    of_weights = max(
+        float((weights[k] - w).abs().max() / (w - start[k]).abs().max().clamp_min(1e-12))
+        for k, w in expected[0].items()
+    )
+    of_d = max(abs(r[1] - expected[1]) / expected[1] for r in runs) if expected[1] else 0.0
+    return of_d, of_weights, collectives
+
+
+def cell(result: tuple[float, float, int] | str, *, detailed: bool) -> str:
+    if isinstance(result, str):
+        return result
+    d, weights, collectives = result
+    if detailed:
+        return f"{d:.0e} | {weights:.0e} | {collectives}"
+    verdict = "right" if max(d, weights) <= SAME else f"wrong ({max(d, weights):.0e})"
+    return verdict if collectives <= 3 else f"{verdict}, {collectives} reductions"
+
+
+def main() -> None:
+    others = [name for name in OPTIMIZERS if name != "ppsf_dist"]
+    print(f"| layout | d | weights | reductions | {' | '.join(others)} |")
+    print("|" + "---|" * (4 + len(others)))
+    for key, title in ROWS.items():
+        results = {name: compared(name, LAYOUTS[key], EVEN if key == "fsdp_2" else AWKWARD) for name in OPTIMIZERS}
+        ours = cell(results["ppsf_dist"], detailed=True)
+        print(
+            f"| {title} | {ours} | " + " | ".join(cell(results[n], detailed=False) for n in others) + " |", flush=True
+        )
+    close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What a step costs beside torch's fused AdamW: ``python -m tests.step_time [--help]``.
+
+Both step the same parameters in turn; what is printed is CPU time and the median of the ratios pair by pair, so that a
+machine whose speed drifts does not matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import statistics
+import time
+import warnings
+from typing import Any
+
+import torch
+from prodigyplus.prodigy_plus_schedulefree import ProdigyPlusScheduleFree as Reference
+from torch import nn
+
+from ppsf_dist import ProdigyPlusScheduleFree
+
+Shapes = list[tuple[int, ...]]
+
+
+def gpt2() -> Shapes:
+    """The 148 tensors of GPT-2 small, 124 million elements."""
+    d = 768
+    block = [(d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
+    return [(50257, d), (1024, d), *block * 12, (d,), (d,)]
+
+
+SETS: dict[str, Shapes] = {
+    "gpt2": gpt2(),
+    "matrix": [(4096, 4096)],
+    "lora": [(16, columns) for columns in (1024, 2048, 3072, 4096)] * 125,
+    "tiny": [(16, 64)] * 500,
+}
+
+
+def parameters(shapes: Shapes, dtype: torch.dtype) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    made = [nn.Parameter(torch.randn(shape, generator=generator).mul_(0.02).to(dtype)) for shape in shapes]
+    for p in made:
+        p.grad = torch.randn(p.shape, generator=generator).mul_(0.01).to(dtype)
+    return made
+
+
+def seconds(optimizer: Any) -> float:
+    start = time.process_time()
+    optimizer.step()
+    return time.process_time() - start
+
+
+def measure(name: str, dtype: torch.dtype, steps: int) -> None:
+    shapes = SETS[name]
+    numel = sum(torch.Size(shape).numel() for shape in shapes)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizers = {
+            "fused AdamW": torch.optim.AdamW(parameters(shapes, dtype), fused=True),
+            "ppsf_dist": ProdigyPlusScheduleFree(parameters(shapes, dtype)),
+            "reference": Reference(parameters(shapes, dtype)),
+        }
+        for optimizer in optimizers.values():
+            for _ in range(2):
+                optimizer.step()
+        times = {key: [] for key in optimizers}  # type: dict[str, list[float]]
+        for _ in range(steps):
+            for key, optimizer in optimizers.items():
+                times[key].append(seconds(optimizer))
+    for key, of in times.items():
+        ratio = statistics.median(a / b for a, b in zip(of, times["fused AdamW"], strict=True))
+        print(f"{name:8} {str(dtype):15} {key:12} {statistics.median(of) / numel * 1e9:7.2f} ns/element  x{ratio:.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sets", nargs="*", default=list(SETS), help=f"of {', '.join(SETS)}")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--steps", type=int, default=7)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in arguments.sets:
+        measure(name, getattr(torch, arguments.dtype), arguments.steps)
+
+
+if __name__ == "__main__":
+    main()
