@@ -83,9 +83,7 @@ def work(layout: Layout, name: str, shapes: NamedShapes) -> tuple[dict[str, Tens
     return gather(parameters), float(d or optimizer.param_groups[0].get("d", 0.0)), collectives.blocking
 
 
-def compared(
-    name: str, layout: Layout, expected: tuple[dict[str, Tensor], float, int]
-) -> tuple[float, float, int] | str:
+def compared(name: str, layout: Layout, shapes: NamedShapes) -> tuple[float, float, int] | str:
     """Largest relative difference of d and of weights from one process, and collectives; or how it failed."""
     expected = work(LAYOUTS["single"], name, shapes)
     try:
