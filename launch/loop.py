@@ -16,6 +16,7 @@ from corpus import Corpus
 from interrupt import StopRequest, first_received
 from options import Settings, resume_command
 from plot import draw
+from ppsf_dist import check_replicas
 from ppsf_dist.bootstrap import ProcessInfo
 from records import Number, RunFolder
 from strategies import Trainer
@@ -73,6 +74,8 @@ class Run:
         with bar:
             for step in range(first + 1, settings.steps + 1):
                 row, received = self._step(step, stop)
+                if settings.check_every and step % settings.check_every == 0:
+                    check_replicas(self.trainer.optimizer)
                 last = bool(received) or step == settings.steps
                 if not received and (last or step % settings.eval_every == 0):
                     row["val_loss"] = self._validation_loss()

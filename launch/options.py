@@ -28,6 +28,7 @@ examples:
   torchrun --standalone --nproc-per-node 2 launch/train.py --strategy fsdp
   mpirun -n 2 python launch/train.py --opt use_cautious=True --opt "betas=(0.95, 0.99)"
   python launch/train.py --resume --steps 400
+  python launch/train.py --dry-run --world-size 1000 --shards 8 --dim 8192 --layers 87 --heads 64
 """
 
 
@@ -50,6 +51,10 @@ class Settings:
     output: Path = Path("runs/train")
     resume: str | None = None
     overwrite: bool = False
+    check_every: int = 0
+    dry_run: bool = False
+    world_size: int | None = None
+    shards: int | None = None
 
     def fixed(self) -> dict[str, object]:
         """Returns, as JSON holds them, the settings that a resumed run must share with the run that it goes on with."""
@@ -66,6 +71,10 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     settings = Settings(**values)
     if settings.dim % settings.heads:
         parser.error(f"--dim {settings.dim} does not divide into --heads {settings.heads} heads of the same width")
+    if settings.dry_run != (settings.world_size is not None):
+        parser.error("--dry-run and --world-size go together: the launcher says how many ranks a real run has")
+    if settings.shards and (not settings.world_size or settings.world_size % settings.shards):
+        parser.error(f"--shards {settings.shards} must divide --world-size {settings.world_size} of a --dry-run")
     if settings.resume and settings.overwrite:
         parser.error("--resume keeps the run that --overwrite would remove: give one of them")
     return settings
@@ -103,6 +112,16 @@ def _parser() -> argparse.ArgumentParser:
         help="how the model lies on the ranks (default: single for one rank, fsdp for more)",
     )
 
+    where.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="start nothing; say what each of --world-size ranks would hold and reduce, under --strategy or each of them",
+    )
+    where.add_argument("--world-size", type=_at_least(1), metavar="N", help="ranks that --dry-run supposes")
+    where.add_argument(
+        "--shards", type=_at_least(1), metavar="N", help="let --dry-run show HSDP too, with parameters cut over N ranks"
+    )
+
     model = parser.add_argument_group("model")
     add(model, "dim", "width of the residual stream", type=_at_least(1), metavar="N")
     add(model, "layers", "transformer blocks", type=_at_least(1), metavar="N")
@@ -128,6 +147,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="an argument of ProdigyPlusScheduleFree with a Python literal as its value, such as use_adopt=True; "
         f"repeat it for more. Names: {', '.join(_switch_names())}",
+    )
+
+    add(
+        training,
+        "check_every",
+        "steps between two comparisons of d and of all replicas between ranks; 0: never",
+        type=_at_least(0),
+        metavar="N",
     )
 
     files = parser.add_argument_group("files")

@@ -13,6 +13,7 @@ from torch import nn
 
 import ppsf_dist
 from corpus import standard_library
+from forecast import table
 from loop import Run
 from model import ByteTransformer
 from options import LAST, Settings, parse
@@ -29,6 +30,8 @@ WRONG_USAGE = 2
 def main() -> int:
     """Runs one training and returns the exit code."""
     settings = parse()
+    if settings.dry_run:
+        return _dry_run(settings)
     ranks = ppsf_dist.init_process_group()
     try:
         received = _run(settings, ranks)
@@ -39,6 +42,18 @@ def main() -> int:
             print(f"train.py: error: {error}", file=sys.stderr)
     dist.destroy_process_group()
     return code
+
+
+def _dry_run(settings: Settings) -> int:
+    try:
+        with torch.device("meta"):
+            model = _model(settings)
+        optimizer = _optimizer(settings, model.parameters())
+        print(table(settings, optimizer))
+    except ValueError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return WRONG_USAGE
+    return 0
 
 
 def _run(settings: Settings, ranks: ProcessInfo) -> int:
@@ -114,15 +129,10 @@ def _resume(settings: Settings, folder: RunFolder, trainer: Trainer) -> int:
 
 def _place(settings: Settings, strategy: str, ranks: ProcessInfo) -> Trainer:
     torch.manual_seed(settings.seed)
-    model = ByteTransformer(settings.dim, settings.layers, settings.heads, settings.seq_len)
-    model.to(DTYPES[settings.dtype])
+    model = _model(settings)
 
     def make_optimizer(parameters: Iterable[nn.Parameter]) -> ProdigyPlusScheduleFree:
-        arguments: dict[str, object] = {"seed": settings.seed, **settings.opt}
-        try:
-            return ProdigyPlusScheduleFree(parameters, **arguments)  # type: ignore[arg-type]
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"--opt: {error}") from error
+        return _optimizer(settings, parameters)
 
     trainer = STRATEGIES[strategy](model, make_optimizer, ranks)
     if settings.batch_size % trainer.data_ranks:
@@ -131,6 +141,19 @@ def _place(settings: Settings, strategy: str, ranks: ProcessInfo) -> Trainer:
             f"it counts the windows of all of them together, so give a multiple of {trainer.data_ranks}"
         )
     return trainer
+
+
+def _model(settings: Settings) -> ByteTransformer:
+    model = ByteTransformer(settings.dim, settings.layers, settings.heads, settings.seq_len)
+    return model.to(DTYPES[settings.dtype])
+
+
+def _optimizer(settings: Settings, parameters: Iterable[nn.Parameter]) -> ProdigyPlusScheduleFree:
+    arguments: dict[str, object] = {"seed": settings.seed, **settings.opt}
+    try:
+        return ProdigyPlusScheduleFree(parameters, **arguments)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--opt: {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,7 +1,16 @@
 """Learning-rate-free, schedule-free training that does not depend on how the model is sharded."""
 
 from ppsf_dist.bootstrap import ProcessInfo, init_process_group
+from ppsf_dist.clipping import clip_grad_norm_
+from ppsf_dist.consistency import check_replicas
 from ppsf_dist.evaluation import averaged
 from ppsf_dist.optimizer import ProdigyPlusScheduleFree
 
-__all__ = ["ProcessInfo", "ProdigyPlusScheduleFree", "averaged", "init_process_group"]
+__all__ = [
+    "ProcessInfo",
+    "ProdigyPlusScheduleFree",
+    "averaged",
+    "check_replicas",
+    "clip_grad_norm_",
+    "init_process_group",
+]

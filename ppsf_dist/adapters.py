@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ class Layout:
     """How an optimizer's parameters stand in ``param_groups``. In this class they are there themselves, all of them.
 
     A framework that puts tensors of its own in their place has a subclass. It may step them in several parts, each with
-    a call of ``step()`` that shows only what belongs to it; all calls together are one step.
+    a call of ``step()`` that shows only what belongs to it; all calls together are one step. Here a part is the places
+    of its parameters among all parameters, and an empty one means all of them.
 
     Args:
         groups: all parameter groups.
@@ -70,6 +72,11 @@ class Layout:
 
     def members(self, part: Part) -> list[Member]:
         """The trainable parameters of a part, in order."""
+        if part:
+            some = [
+                Member(self.groups[group]["params"][i], group, n) for n in sorted(part) for group, i in [self._at[n]]
+            ]
+            return [member for member in some if member.param.requires_grad]
         members, position = [], 0
         for index, params in enumerate(self.parameters()):
             for param in params:
@@ -77,6 +84,16 @@ class Layout:
                     members.append(Member(param, index, position))
                 position += 1
         return members
+
+    @cached_property
+    def _at(self) -> list[tuple[int, int]]:
+        """Where each parameter stands: its group, and its index there."""
+        return [(group, index) for group, params in enumerate(self._lists) for index in range(len(params))]
+
+    @cached_property
+    def places(self) -> dict[Tensor, int]:
+        """The place of each parameter among all parameters."""
+        return {param: place for place, param in enumerate(param for params in self._lists for param in params)}
 
     def shards(self, params: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> list[Shard]:
         """The local shard of each parameter, in order."""

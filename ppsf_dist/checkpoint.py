@@ -20,6 +20,9 @@ from ppsf_dist.scalars import GROUP_NUMBERS, PARAMETER_NUMBERS, initial_numbers
 from ppsf_dist.sharding import Shard
 from ppsf_dist.work import sample_indices
 
+STATE_VERSION = 1
+"""Of the form of a checkpoint: raised when an older release could not read it."""
+
 LIKE_PARAMETER = ("z", "exp_avg", "exp_avg_sq", "y")
 WHOLE = ("exp_avg_sq_row", "exp_avg_sq_col")
 SAMPLED = ("p0", "s")
@@ -99,13 +102,18 @@ def read_groups(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) ->
 
 
 def _check_version(group: dict[str, Any], index: int) -> None:
-    version = group.get("version")
+    version = group.get("state_version", STATE_VERSION)
+    if version != STATE_VERSION:
+        raise ValueError(
+            f"state_version is {version} in parameter group {index} of the checkpoint, this release reads "
+            f"{STATE_VERSION}: load it with the release that made it"
+        )
     if "d" not in group or "k" not in group:
         raise ValueError(
             f"parameter group {index} of the checkpoint has no 'd' or 'k': it was not made by this optimizer or by "
             "prodigy-plus-schedule-free 2.x"
         )
-    if version is None and "prev_d_numerator" not in group:
+    if "prev_d_numerator" not in group:
         raise ValueError(
             f"parameter group {index} of the checkpoint has no 'prev_d_numerator': it was made by "
             "prodigy-plus-schedule-free 1.x, whose statistics mean something else; start a new run from the weights"

@@ -20,7 +20,7 @@ from ppsf_dist.kernels.interface import Stat
 from ppsf_dist.options import ARGUMENTS, Switches, validate_group, validate_together
 from ppsf_dist.plan import Plan
 from ppsf_dist.scalars import GroupNumbers, PartNumbers, StepNumbers, initial_numbers
-from ppsf_dist.sharding import Team
+from ppsf_dist.sharding import Shard, Team
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -60,7 +60,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         use_schedulefree: average instead of a schedule; without it, momentum.
         use_speed: SPEED's rule for d.
         stochastic_rounding: round bf16 parameters stochastically.
-        fused_back_pass: ``step()`` does nothing, because the parameters are stepped during the backward pass.
+        fused_back_pass: parameters are stepped during the backward pass, by :meth:`step_param` or by
+            :func:`ppsf_dist.fsdp.step_in_backward`, and ``step()`` only ends the step.
         use_cautious, use_grams, use_adopt, use_orthograd, use_focus: variants of the update.
         decouple_lr: former name of ``not weight_decay_by_lr``; deprecated.
         reference_quirks: reproduce the oddities of the reference listed in ``docs/differences.md``.
@@ -127,6 +128,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         self._layout: Layout | None = None
         self._team: Team | None = None
         self._plans: dict[Part, Plan] = {}
+        self._every_shard: dict[Tensor, Shard] = {}
         self._numbers: GroupNumbers | None = None
         self._step: StepNumbers | None = None
         self._stepped: Part = frozenset()
@@ -141,6 +143,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         Raises:
             ValueError: an argument is out of range or does not fit the other groups; nothing is added then.
         """
+        self._settle_backward()
         self._settle()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -153,6 +156,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         self._forget()
         for name, value in initial_numbers(group).items():
             group.setdefault(name, value)
+        group.setdefault("state_version", checkpoint.STATE_VERSION)
         group.setdefault("train_mode", self.param_groups[0].get("train_mode", True))
         self._given.append(group["params"])
 
@@ -166,6 +170,9 @@ class ProdigyPlusScheduleFree(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step on all parameters that have a gradient.
 
+        With ``fused_back_pass`` it makes no step but ends the one that the backward pass has made: d and k are those of
+        the next step then. Without one it changes nothing (and creates the state that is missing, for checkpoints).
+
         If any gradient element on any rank is not finite, nothing changes on any rank and :attr:`skipped_steps` grows.
 
         Raises:
@@ -176,6 +183,9 @@ class ProdigyPlusScheduleFree(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         layout = self._current_layout()
+        if self.param_groups[0]["fused_back_pass"]:
+            self._end_backward(layout)
+            return loss
         part = layout.part(self.param_groups)
         if self._stepped & part:
             # The framework has left out some parts of the step before.
@@ -184,21 +194,98 @@ class ProdigyPlusScheduleFree(Optimizer):
         plan = self._current_plan(part)
         if plan is None or (fresh and self._creates_state_only(plan)):
             return loss
+        self._step_part(part, plan)
+        if self._stepped >= layout.whole:
+            self._finish_step()
+        return loss
+
+    @torch.no_grad()
+    def step_param(self, p: Tensor, group: dict[str, Any] | None = None) -> None:
+        """Step one parameter at once, so that its gradient can be freed. For hooks that run during the backward pass.
+
+        ``step()`` ends the step. For trainers that never call it, a parameter that comes a second time ends the step
+        before, and so do ``eval()``, ``train()`` and ``state_dict()``. A parameter without a gradient changes nothing.
+        To accumulate gradients, do not call this before the last backward pass.
+
+        A gradient that is not finite leaves its parameter, d and k as they were; what was stepped before stays stepped.
+
+        Args:
+            p: a parameter of this optimizer.
+            group: accepted because trainers pass it. Arguments come from ``param_groups`` as they are now, also where
+                ``load_state_dict()`` has replaced the group that a hook still holds.
+
+        Raises:
+            ValueError: ``fused_back_pass`` is not set, or the parameter belongs to no group.
+            RuntimeError: the parameter is sharded, or the optimizer is in eval mode.
+        """
+        if not self.param_groups[0]["fused_back_pass"]:
+            raise ValueError("step_param() needs ProdigyPlusScheduleFree(..., fused_back_pass=True)")
+        if p.grad is None:
+            return
+        layout = self._current_layout()
+        if layout.whole or p not in layout.places:
+            raise ValueError(f"the parameter of shape {tuple(p.shape)} is in none of the optimizer's param_groups")
+        part = frozenset((layout.places[p],))
+        if self._shards_of(layout, part, [p])[0].domain or self._process_group is not None:
+            raise RuntimeError(
+                "step_param() steps a parameter on its own, but this one is sharded and needs sums from other ranks in "
+                "the same order on all: call ppsf_dist.fsdp.step_in_backward(model, optimizer) in place of these hooks"
+            )
+        if self._stepped & part:
+            self._finish_step()
+        plan = self._current_plan(part)
+        if plan is not None:
+            self._step_part(part, plan)
+
+    def step_parameter(self, p: Tensor, group: dict[str, Any] | None = None, i: int | None = None) -> None:
+        """The same as :meth:`step_param` for trainers that also pass the parameter's index in its group."""
+        self.step_param(p, group)
+
+    @torch.no_grad()
+    def _step_params(self, params: list[Tensor]) -> None:
+        """Step some parameters, on all ranks that hold pieces of them. They may come again with gradients of others."""
+        places = self._current_layout().places
+        part = frozenset(places[param] for param in params)
+        plan = self._current_plan(part)
+        if plan is not None:
+            self._step_part(part, plan)
+
+    def _end_backward(self, layout: Layout) -> None:
+        """End the step that the backward pass has made, if it has made one, and create the state that is missing."""
+        if layout.whole:
+            raise RuntimeError("fused_back_pass=True does not work under DeepSpeed ZeRO: use fused_back_pass=False")
+        unstepped = self._step is None and any(float(group["lr"]) != 0 for group in self._groups)
+        if unstepped and any(param.grad is not None for params in layout.parameters() for param in params):
+            warnings.warn(
+                "step() found gradients that no one has used: with fused_back_pass=True it makes no step itself; call "
+                "ppsf_dist.fsdp.step_in_backward(model, optimizer) once, or step_param() from hooks, or use "
+                "fused_back_pass=False",
+                stacklevel=4,
+            )
+        self._settle_backward()
+        stateless = frozenset(place for param, _, place in layout.members(layout.whole) if param not in self.state)
+        if stateless:
+            self._current_plan(stateless)
+
+    def _settle_backward(self) -> None:
+        """End a step that nobody has ended, now that the backward pass must be over."""
+        if self._step is not None and self.param_groups[0]["fused_back_pass"]:
+            self._finish_step()
+
+    def _step_part(self, part: Part, plan: Plan) -> None:
+        """Step the parameters of a part; the first one begins the step."""
+        if self._step is None:
+            self._step = self._begin_step()
+        self._advance(plan, self._step)
+        self._stepped |= part
+
+    def _begin_step(self) -> StepNumbers:
+        """The numbers that all parts of a step use."""
         if any(group["use_schedulefree"] and not group["train_mode"] for group in self._groups):
             raise RuntimeError(
                 "step() was called while the parameters hold the averaged weights: call optimizer.train() after "
                 "evaluating, before the next forward pass"
             )
-        if self._step is None:
-            self._step = self._begin_step()
-        self._advance(plan, self._step)
-        self._stepped |= part
-        if self._stepped >= layout.whole:
-            self._finish_step()
-        return loss
-
-    def _begin_step(self) -> StepNumbers:
-        """The numbers that all parts of a step use."""
         assert self._numbers is not None
         self._numbers.absorb(self._groups)
         return StepNumbers(self._numbers, self._groups, self._seed)
@@ -275,9 +362,10 @@ class ProdigyPlusScheduleFree(Optimizer):
         members = layout.members(part)
         if not members:
             return None
-        self._settle()
+        for other in [other for other in self._plans if not other or not part or other & part]:
+            self._plans.pop(other).settle()
         params, groups_of, identities = (list(column) for column in zip(*members, strict=True))
-        shards = layout.shards(params, self._process_group)
+        shards = self._shards_of(layout, part, params)
         if self._team is None:
             everything = [member.param for member in layout.members(layout.whole)]
             every_shard = shards if len(everything) == len(params) else layout.shards(everything, self._process_group)
@@ -288,6 +376,15 @@ class ProdigyPlusScheduleFree(Optimizer):
         if self._numbers is None or len(self._numbers.published) != len(groups):
             self._numbers = GroupNumbers(groups, host)
         return plan
+
+    def _shards_of(self, layout: Layout, part: Part, params: list[Tensor]) -> list[Shard]:
+        """The shards of a part. Who counts what depends on all parameters, of which a part shows only some."""
+        if not part or layout.whole:
+            return layout.shards(params, self._process_group)
+        if any(param not in self._every_shard for param in params):
+            everything = [member.param for member in layout.members(layout.whole)]
+            self._every_shard = {shard.param: shard for shard in layout.shards(everything, self._process_group)}
+        return [self._every_shard[param] for param in params]
 
     def _creates_state_only(self, plan: Plan) -> bool:
         """Whether this is the step with lr 0 and zero gradients that distributed checkpoints make to create state."""
@@ -312,7 +409,7 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     def _forget(self) -> None:
         """Start anew from ``state`` and ``param_groups``, which somebody has replaced."""
-        self._plans, self._numbers, self._team = {}, None, None
+        self._plans, self._every_shard, self._numbers, self._team = {}, {}, None, None
         self._step, self._stepped = None, frozenset()
 
     @torch.no_grad()
@@ -352,6 +449,7 @@ class ProdigyPlusScheduleFree(Optimizer):
             group["train_mode"] = train
         if not changing:
             return
+        self._settle_backward()
         self._settle()
         layout = self._current_layout()
         shards = {shard.param: shard for plan in self._plans.values() for shard in plan.shards}
@@ -390,6 +488,7 @@ class ProdigyPlusScheduleFree(Optimizer):
 
         Under a sharded layout every rank must call it.
         """
+        self._settle_backward()
         self._settle()
         layout = self._current_layout()
         own = layout.state_dict(self.state)
@@ -437,7 +536,7 @@ class ProdigyPlusScheduleFree(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
         gone = dict.fromkeys(("_numbers", "_step", "_layout", "_team", "_kernels", "_process_group"))
-        return {**self.__dict__, "_plans": {}, **gone}
+        return {**self.__dict__, "_plans": {}, "_every_shard": {}, **gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

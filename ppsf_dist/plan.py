@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ppsf_dist.algorithm.second_moment import factoring
@@ -151,6 +152,7 @@ class Plan:
         """Empty the buffers of the step and note which gradients are here."""
         self.sums.zero_()
         self.stats.zero_()
+        self._complete_gradients()
         for work in self.works:
             work.read()
         present = tuple([shard.gradient() is not None for shard in self.shards])
@@ -165,6 +167,19 @@ class Plan:
         """Let go of what belongs to the step."""
         for work in self.works:
             work.release()
+        for shard in self.shards:
+            shard.completed = None
+
+    def _complete_gradients(self) -> None:
+        """Sum the gradients that ranks hold in parts, all of a group in one all-reduce."""
+        parts: dict[dist.ProcessGroup, list[tuple[Shard, Tensor]]] = {}
+        for shard in self.shards:
+            summand = shard.summand()
+            if summand is not None:
+                shard.completed = summand[1].clone()
+                parts.setdefault(summand[0], []).append((shard, shard.completed))
+        for group, of_group in parts.items():
+            Team(group).sum_(*[tensor for _, tensor in of_group])
 
     def settle(self) -> None:
         """Bring the numbers of each parameter into its state, as plain numbers. Waits for the device."""

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from tests.harness.layouts import LAYOUTS, Layout
-from tests.harness.models import NamedShapes, named_shapes
+from tests.harness.layouts import LAYOUTS, Layout, gather, set_grads, shard_parameters
+from tests.harness.models import NamedShapes, gradient_sequence, initial_weights, named_shapes
 from tests.harness.pool import run
-from tests.runs import SINGLE, Run, difference, open_loop, open_loop_without_start
+from tests.runs import SINGLE, Run, difference, make_optimizer, open_loop, open_loop_without_start
 from tests.switches import EVERY
 
 pytestmark = pytest.mark.dist
@@ -63,7 +65,13 @@ def test_every_shape_in_every_role(name: str, switch: str) -> None:
         assert apart["d"] <= 1e-6 and apart["weights"] <= 1e-5, (variant.shift, apart)
 
 
-@pytest.mark.parametrize("switch", ["default", "speed", "unfactored", "momentum", "low_factors", "no_quirks"])
+SIXTEEN_BIT = (
+    "default", "speed", "unfactored", "momentum", "low_factors", "no_quirks", "cautious", "orthograd",
+    "no_stableadamw", "atan2", "adopt",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("switch", SIXTEEN_BIT)
 @pytest.mark.parametrize("name", SHARDED)
 def test_bf16_weights_and_their_rounding_do_not_depend_on_the_layout(name: str, switch: str) -> None:
     """Sums are in another order, so now and then an element falls on the other side of its rounding threshold."""
@@ -101,3 +109,26 @@ def test_d_over_a_hundred_steps(name: str) -> None:
     ours = on_layout(LAYOUTS[name], SHAPES, 100)
     assert reference.numbers("d")[-1][0] > 10 * reference.numbers("d")[0][0], "the test needs a d that moves"
     assert difference(ours, reference)["d"] <= 1e-6
+
+
+def one_rank_without(layout: Layout, missing: bool) -> tuple[dict[str, Tensor], list[float]]:
+    """The last rank has no gradient for its piece, or a gradient of zeros: both mean the same."""
+    parameters = shard_parameters(initial_weights(SHAPES), layout)
+    optimizer = make_optimizer(parameters, 2)
+    for gradients in gradient_sequence(SHAPES, STEPS):
+        set_grads(parameters, gradients)
+        if dist.get_rank() == dist.get_world_size() - 1:
+            for name, parameter in parameters.items():
+                if name == "wide":
+                    parameter.grad = None if missing else parameter.grad * 0
+        optimizer.step()
+    return gather(parameters), optimizer.get_d()
+
+
+@pytest.mark.parametrize("name", ["fsdp_2", "fsdp_4", "shard1", "fsdp_tp_2x2"])
+def test_a_gradient_that_is_missing_on_some_ranks_is_zero_there(name: str) -> None:
+    weights, d = run(LAYOUTS[name].world_size, one_rank_without, LAYOUTS[name], True)[0]
+    expected_weights, expected_d = run(LAYOUTS[name].world_size, one_rank_without, LAYOUTS[name], False)[0]
+    assert d == expected_d
+    for key, expected in expected_weights.items():
+        assert torch.equal(weights[key], expected), key

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
@@ -28,6 +29,22 @@ class DTensorShard(Shard):
     def local(self, tensor: Tensor) -> Tensor:
         assert isinstance(tensor, DTensor)
         return tensor._local_tensor
+
+    def summand(self) -> tuple[dist.ProcessGroup, Tensor] | None:
+        """Sequence-parallel norms: each tensor-parallel rank holds the gradient of its part of the sequence."""
+        gradient = self.param.grad
+        if not isinstance(gradient, DTensor) or gradient.placements == self._dtensor.placements:
+            return None
+        partial = [axis for axis, placement in enumerate(gradient.placements) if placement.is_partial("sum")]
+        rest = [p for axis, p in enumerate(gradient.placements) if axis not in partial]
+        ours = [p for axis, p in enumerate(self._dtensor.placements) if axis not in partial]
+        if len(partial) != 1 or rest != ours:
+            raise ValueError(
+                f"the gradient of a parameter of shape {self.shape} has placements {gradient.placements}, the "
+                f"parameter {self._dtensor.placements}: they must be equal but for one Partial('sum'); redistribute "
+                "the gradient before step()"
+            )
+        return gradient.device_mesh.get_group(partial[0]), self.local(gradient)
 
     def spread(self, local: Tensor) -> Tensor:
         param = self._dtensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ppsf_dist.sharding.geometry import Box, Shape, whole
@@ -22,6 +23,7 @@ class Shard:
         boxes: the elements that this rank holds, in the order in which they lie in :meth:`weights`. One box has the
             shape of the local tensor; several lie one after the other in a flat one.
         owner: whether this rank counts these elements in sums over the parameter. Exactly one rank counts each.
+        completed: the gradient of this step, where the parameter's ``grad`` holds only this rank's summand.
         domain: ranks among which the parameter is divided or repeated, in order; empty for this process alone.
     """
 
@@ -30,6 +32,7 @@ class Shard:
     boxes: tuple[Box, ...]
     owner: bool = True
     domain: tuple[int, ...] = ()
+    completed: Tensor | None = None
 
     def weights(self) -> Tensor:
         """The local weights: writing to them changes the parameter."""
@@ -37,7 +40,16 @@ class Shard:
 
     def gradient(self) -> Tensor | None:
         """The local gradient, or None if this rank has none this step."""
+        if self.completed is not None:
+            return self.completed
         return self.local(self.param.grad) if self.param.grad is not None else None
+
+    def summand(self) -> tuple[dist.ProcessGroup, Tensor] | None:
+        """Where the gradient is still a sum over ranks: their group, and this rank's summand.
+
+        The engine sums them all at once and puts the results into :attr:`completed` for the step.
+        """
+        return None
 
     def local(self, tensor: Tensor) -> Tensor:
         """The plain local tensor of a tensor that lies like the parameter."""

@@ -16,6 +16,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 COLLECTIVE_NAMESPACES = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"})
 NOT_COLLECTIVES = frozenset({"wait_tensor", "_wrap_tensor_autograd"})
@@ -35,12 +36,13 @@ class Collectives:
 
     ``blocking`` counts those that were waited for where they were issued, functional ones included; ``asynchronous``
     those issued with ``async_op=True``. A coalesced collective is one. ``names`` maps operator names to counts, as in
-    ``{"allreduce_": 2}``.
+    ``{"allreduce_": 2}``; ``sizes`` are the bytes of the tensors that each was given, in order.
     """
 
     blocking: int = 0
     asynchronous: int = 0
     names: Counter[str] = field(default_factory=Counter)
+    sizes: list[int] = field(default_factory=list)
 
     @property
     def total(self) -> int:
@@ -98,6 +100,8 @@ class _CollectiveMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func.overloadpacket.__name__
         if func.namespace in COLLECTIVE_NAMESPACES and name not in NOT_COLLECTIVES:
             self._collectives.names[name] += 1
+            given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+            self._collectives.sizes.append(sum(tensor.nbytes for tensor in given))
             if _argument(func, "async_op", args, kwargs, missing=False):
                 self._collectives.asynchronous += 1
             else:

@@ -1,0 +1,50 @@
+"""One training under every launcher: the same losses, step for step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bootstrap import launchers
+from tests.launch.hosts import SAME_LOSS, TINY, TRAIN, WHY_NOT, alone, finish, metrics, possible, two_hosts
+
+pytestmark = pytest.mark.launch
+
+STEPS = 20
+OPTIONS = [*TINY, "--steps", str(STEPS), "--eval-every", str(STEPS), "--check-every", "5"]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """The metrics of one process under plain python."""
+    output = tmp_path_factory.mktemp("python")
+    alone(*OPTIONS, "--output", str(output))
+    return metrics(output)
+
+
+def check(output: Path, reference: list[dict[str, float]]) -> None:
+    rows = metrics(output)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    # A training that stands still would be the same everywhere too.
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in reference], abs=SAME_LOSS, rel=0)
+    assert rows[-1]["val_loss"] == pytest.approx(reference[-1]["val_loss"], abs=SAME_LOSS, rel=0)
+    assert [row["d"] for row in rows] == pytest.approx([row["d"] for row in reference], rel=1e-5)
+
+
+@pytest.mark.parametrize("launch", [launchers.torchrun, launchers.mpich, launchers.open_mpi, launchers.deepspeed])
+def test_two_ranks_under(launch: Any, reference: list[dict[str, float]], tmp_path: Path) -> None:
+    outcome = launch(*OPTIONS, "--output", str(tmp_path), TRAIN_SCRIPT=TRAIN)
+    assert outcome.code == 0, outcome.text
+    check(tmp_path, reference)
+
+
+@pytest.mark.skipif(not possible(), reason=WHY_NOT)
+def test_two_hosts(reference: list[dict[str, float]], tmp_path: Path) -> None:
+    with two_hosts() as hosts:
+        started = [host.start(*OPTIONS, "--output", str(tmp_path)) for host in hosts]
+        for code, text in [finish(process) for process in started]:
+            assert code == 0, text
+    check(tmp_path, reference)
