@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--dry-run",
         action="store_true",
-        help="start nothing; say what each of --world-size ranks would hold and reduce, under --strategy or each of them",
+        help="start nothing; say what each of --world-size ranks would hold and reduce, under --strategy or each one",
     )
     where.add_argument("--world-size", type=_at_least(1), metavar="N", help="ranks that --dry-run supposes")
     where.add_argument(

@@ -11,7 +11,8 @@
 # NODE_RANK        0 on the host that MASTER_ADDR names, 1, 2, ... on the others
 # MASTER_ADDR      address of host 0 that all hosts reach; MASTER_PORT (default: 29400) must be free there
 # LOCAL_ADDR       address of this host that the others reach (default: the one from which it reaches MASTER_ADDR)
-# JOIN_TIMEOUT     seconds in which all hosts have to come (default: 600)
+# JOIN_TIMEOUT     seconds in which all hosts have to come, also after one was lost (default: 600); then the others end
+#                  with a RendezvousTimeoutError
 # MAX_RESTARTS     how often a failed job is started again (default: 3)
 # JOB_ID           tells jobs on the same MASTER_PORT apart (default: ppsf)
 # PYTHON           interpreter (default: python); TRAIN_SCRIPT: another script instead of launch/train.py

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import math
+import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ppsf_dist.adapters import find_shards, find_team
-from ppsf_dist.sharding import Shard, Team, team_of_ranks
+from ppsf_dist.sharding import Team
 
 EPSILON = 1e-6
 """Added to the norm before dividing by it, as in ``torch.nn.utils.clip_grad_norm_``."""
 
-TEAMS_KEPT = 16
-"""How many sets of ranks keep the process group that was made for them."""
+LISTS_KEPT = 8
+"""For how many lists of parameters it is remembered how they lie on the ranks."""
 
 
 @torch.no_grad()
@@ -56,26 +58,27 @@ def clip_grad_norm_(
         raise ValueError(f"max_norm={max_norm}: must be 0 or larger; float('inf') only measures the norm")
     if not norm_type > 0:
         raise ValueError(f"norm_type={norm_type}: must be larger than 0; 2.0 and float('inf') are the usual ones")
-    shards = find_shards([parameters] if isinstance(parameters, Tensor) else list(parameters), process_group)
-    if not shards:
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if not parameters:
         return torch.zeros(())
-    norm = _norm(shards, float(norm_type), _find_team(shards, process_group))
+    prepared = _prepare(parameters, process_group)
+    gradients = prepared.gradients(parameters)
+    # The infinity norm is not defined for no element.
+    owned = [g for g, owner in zip(gradients, prepared.owners, strict=True) if owner and g is not None and g.numel()]
+    norm = _norm(owned, float(norm_type), prepared.team, parameters[0].device)
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(
             f"the norm of order {norm_type} of all gradients is {float(norm)}, so they cannot be clipped: look for the "
             "cause, or pass error_if_nonfinite=False, and the optimizer skips such a step"
         )
     scale = (max_norm / (norm + EPSILON)).clamp(max=1.0)
-    for device, gradients in _by_device([g for shard in shards if (g := shard.gradient()) is not None]).items():
-        torch._foreach_mul_(gradients, scale.to(device))
+    for device, here in _by_device([gradient for gradient in gradients if gradient is not None]).items():
+        torch._foreach_mul_(here, scale.to(device))
     return norm
 
 
-def _norm(shards: Sequence[Shard], p: float, team: Team) -> Tensor:
-    """The norm of all gradients, equal on every rank."""
-    # The infinity norm is not defined for no element.
-    owned = [g for s in shards if s.owner and (g := s.gradient()) is not None and g.numel()]
-    device = shards[0].weights().device
+def _norm(owned: Sequence[Tensor], p: float, team: Team, device: torch.device) -> Tensor:
+    """The norm of all gradients, equal on every rank, from those that this rank counts."""
     norms = [
         torch.stack(torch._foreach_norm(gradients, p, dtype=torch.promote_types(gradients[0].dtype, torch.float32)))
         for same_dtype in _by_dtype(owned)
@@ -102,15 +105,45 @@ def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
     return {device: [t for t in tensors if t.device == device] for device in dict.fromkeys(t.device for t in tensors)}
 
 
-def _find_team(shards: Sequence[Shard], process_group: dist.ProcessGroup | None) -> Team:
-    """The same as :func:`find_team`, but the process groups that it makes last longer than a call."""
-    domains = {shard.domain for shard in shards if shard.domain}
-    if process_group is None and len(domains) == 1:
-        return _team_of(dist.group.WORLD, *domains)
-    return find_team(shards, process_group)
+class _Prepared:
+    """What the placement of some parameters says, found once. Keeps no parameter alive."""
+
+    def __init__(self, parameters: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> None:
+        shards = find_shards(parameters, process_group)
+        self.team = find_team(shards, process_group)
+        self.owners = [shard.owner for shard in shards]
+        nothing = torch.empty(0)
+        self.shards = [replace(shard, param=nothing) for shard in shards]
+        self._world = _world()
+        self._parameters = [weakref.ref(parameter) for parameter in parameters]
+
+    def fits(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether these are the parameters and processes that this was made for."""
+        pairs = zip(self._parameters, parameters, strict=True)
+        return self._world is _world() and all(known() is parameter for known, parameter in pairs)
+
+    def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """The local part of each gradient."""
+        return [
+            None if parameter.grad is None else shard.local(parameter.grad)
+            for shard, parameter in zip(self.shards, parameters, strict=True)
+        ]
 
 
-@functools.lru_cache(maxsize=TEAMS_KEPT)
-def _team_of(world: dist.ProcessGroup | None, ranks: tuple[int, ...]) -> Team:
-    """The team of these ranks in the world as it is now."""
-    return team_of_ranks(ranks)
+_prepared: OrderedDict[object, _Prepared] = OrderedDict()
+
+
+def _prepare(parameters: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> _Prepared:
+    """Prepared anew for the first of many calls with the same parameters."""
+    key = (process_group, *map(id, parameters))
+    known = _prepared.get(key)
+    if known is None or not known.fits(parameters):
+        known = _prepared[key] = _Prepared(parameters, process_group)
+    _prepared.move_to_end(key)
+    if len(_prepared) > LISTS_KEPT:
+        _prepared.popitem(last=False)
+    return known
+
+
+def _world() -> dist.ProcessGroup | None:
+    return dist.group.WORLD if dist.is_initialized() else None

@@ -241,6 +241,10 @@ class ProdigyPlusScheduleFree(Optimizer):
         """The same as :meth:`step_param` for trainers that also pass the parameter's index in its group."""
         self.step_param(p, group)
 
+    def supports_fused_back_pass(self) -> bool:
+        """True; trainers ask."""
+        return True
+
     @torch.no_grad()
     def _step_params(self, params: list[Tensor]) -> None:
         """Step some parameters, on all ranks that hold pieces of them. They may come again with gradients of others."""
@@ -357,7 +361,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         switches = [Switches.of(group, statistics=not f) for group, f in zip(groups, frozen, strict=True)]
         key = (layout.signature(part), tuple(switches))
         plan = self._plans.get(part)
-        if plan is not None and plan.signature == key:
+        if plan is not None and plan.signature == key and plan.is_current():
             return plan
         members = layout.members(part)
         if not members:

@@ -75,6 +75,7 @@ class Plan:
         switch_of = [switches[group] for group in groups_of]
         self.works = plan_work(shards, self.slot_of_shard, switch_of, self.moments, state)
         self._state = state
+        self._first = self._a_state_tensor()
         self._unseen = [
             (shard, slot)
             for shard, slot in zip(shards, self.slot_of_shard, strict=True)
@@ -129,6 +130,14 @@ class Plan:
             value = state.setdefault(name, 0.0)
             if value:
                 row[slot] = value
+
+    def is_current(self) -> bool:
+        """Whether the state still holds the tensors that the work looks at. Offloading it and back replaces them."""
+        return self._first is self._a_state_tensor()
+
+    def _a_state_tensor(self) -> Tensor | None:
+        entry = self._state[self.shards[0].param]
+        return entry.get("z", entry.get("exp_avg"))
 
     def capture_unseen(self) -> None:
         """Let parameters that have not had a gradient yet start from where they are now."""

@@ -63,11 +63,14 @@ def open_loop(
     run = Run(start, {}, {})
     for step, gradients in enumerate(gradient_sequence(shapes, steps, dtype=dtype, missing=missing)):
         set_grads(parameters, with_noise(gradients, step) if noisy else gradients)
-        with count_collectives() as collectives:
+        if step < steps - 1:
             optimizer.step()
+        else:
+            # Only the last one: the first also compares parameters between ranks, and counting takes time.
+            with count_collectives() as collectives:
+                optimizer.step()
         optimizer.get_d()
         run.groups.append([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
-    # The last step: the first also compares parameters between ranks.
     run.collectives, run.asynchronous = collectives.blocking, collectives.asynchronous
     run.weights = gather(parameters)
     states = {name: optimizer.state[p] for name, p in parameters.items()}

@@ -1,7 +1,7 @@
 """What a step costs beside torch's fused AdamW: ``python -m tests.step_time [--help]``.
 
-Both step the same parameters in turn; what is printed is CPU time and the median of the ratios pair by pair, so that a
-machine whose speed drifts does not matter.
+All step the same parameters in turn; what is printed is the median time and the median of the ratios pair by pair, so
+that a machine whose speed drifts does not matter.
 """
 
 from __future__ import annotations
@@ -38,29 +38,33 @@ SETS: dict[str, Shapes] = {
 }
 
 
-def parameters(shapes: Shapes, dtype: torch.dtype) -> list[nn.Parameter]:
+def parameters(shapes: Shapes, dtype: torch.dtype, device: str) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    made = [nn.Parameter(torch.randn(shape, generator=generator).mul_(0.02).to(dtype)) for shape in shapes]
+    made = [nn.Parameter(torch.randn(shape, generator=generator).mul_(0.02).to(device, dtype)) for shape in shapes]
     for p in made:
-        p.grad = torch.randn(p.shape, generator=generator).mul_(0.01).to(dtype)
+        p.grad = torch.randn(p.shape, generator=generator).mul_(0.01).to(device, dtype)
     return made
 
 
-def seconds(optimizer: Any) -> float:
-    start = time.process_time()
+def seconds(optimizer: Any, device: str) -> float:
+    """CPU time on a CPU, where other processes disturb; elapsed time on an accelerator."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    start = clock()
     optimizer.step()
-    return time.process_time() - start
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return clock() - start
 
 
-def measure(name: str, dtype: torch.dtype, steps: int) -> None:
+def measure(name: str, dtype: torch.dtype, device: str, steps: int) -> None:
     shapes = SETS[name]
     numel = sum(torch.Size(shape).numel() for shape in shapes)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         optimizers = {
-            "fused AdamW": torch.optim.AdamW(parameters(shapes, dtype), fused=True),
-            "ppsf_dist": ProdigyPlusScheduleFree(parameters(shapes, dtype)),
-            "reference": Reference(parameters(shapes, dtype)),
+            "fused AdamW": torch.optim.AdamW(parameters(shapes, dtype, device), fused=True),
+            "ppsf_dist": ProdigyPlusScheduleFree(parameters(shapes, dtype, device)),
+            "reference": Reference(parameters(shapes, dtype, device)),
         }
         for optimizer in optimizers.values():
             for _ in range(2):
@@ -68,21 +72,31 @@ def measure(name: str, dtype: torch.dtype, steps: int) -> None:
         times = {key: [] for key in optimizers}  # type: dict[str, list[float]]
         for _ in range(steps):
             for key, optimizer in optimizers.items():
-                times[key].append(seconds(optimizer))
+                times[key].append(seconds(optimizer, device))
     for key, of in times.items():
+        state = sum(
+            value.numel() * value.element_size()
+            for entries in optimizers[key].state.values()
+            for value in entries.values()
+            if isinstance(value, torch.Tensor)
+        )
         ratio = statistics.median(a / b for a, b in zip(of, times["fused AdamW"], strict=True))
-        print(f"{name:8} {str(dtype):15} {key:12} {statistics.median(of) / numel * 1e9:7.2f} ns/element  x{ratio:.1f}")
+        print(
+            f"{name:8} {str(dtype):15} {key:12} {statistics.median(of) / numel * 1e9:7.2f} ns/element  x{ratio:4.1f}   "
+            f"state {state / numel:.2f} bytes/element"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sets", nargs="*", default=list(SETS), help=f"of {', '.join(SETS)}")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--steps", type=int, default=7)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for name in arguments.sets:
-        measure(name, getattr(torch, arguments.dtype), arguments.steps)
+        measure(name, getattr(torch, arguments.dtype), arguments.device, arguments.steps)
 
 
 if __name__ == "__main__":

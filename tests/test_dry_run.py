@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from dataclasses import replace
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ppsf_dist import ProdigyPlusScheduleFree
 from ppsf_dist.dry_run import Share, forecast
 from ppsf_dist.options import Switches
+from tests.bootstrap import launchers
 from tests.harness.counting import count_collectives
 from tests.harness.pool import run
 from tests.switches import EVERY, Switch
@@ -155,3 +157,23 @@ def test_a_parameter_without_rows_cannot_be_cut() -> None:
     switches = switches_of(ProdigyPlusScheduleFree([torch.zeros(1, requires_grad=True)]))
     with pytest.raises(ValueError, match="without dimensions"):
         forecast([((), torch.float32)], switches, "fsdp", 2)
+
+
+@pytest.mark.launch
+def test_the_command_line_starts_no_rank() -> None:
+    train = str(launchers.ROOT / "launch/train.py")
+    outcome = launchers.run([sys.executable, train, *"--dry-run --world-size 4 --shards 2 --dim 64 --layers 2".split()])
+    assert outcome.code == 0, outcome.text
+    # 12 dim^2 + 9 dim in a block (two biases, two LayerNorms), 256 + 128 embeddings, one LayerNorm.
+    count = 2 * (12 * 64**2 + 9 * 64) + (256 + 128) * 64 + 2 * 64
+    assert f"{count:,} parameters in {2 * 10 + 4} tensors, float32; 4 ranks" in outcome.text
+    lines = outcome.text.splitlines()
+    for name, first, total in (
+        ("ddp", count, 4 * count),
+        ("fsdp", count // 4, count),
+        ("hsdp 2x2", count // 2, 2 * count),
+    ):
+        (start,) = [index for index, line in enumerate(lines) if line.strip().startswith(f"{name} ")]
+        assert lines[start + 1].split()[2] == f"{first:,}"
+        everyone = next(line for line in lines[start:] if line.strip().startswith("all ranks"))
+        assert everyone.split()[2] == f"{total:,}"

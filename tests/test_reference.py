@@ -102,9 +102,11 @@ def test_a_run_is_the_references(name: str) -> None:
     expected = copy.copy(ours)
     expected.weights = {key: p.detach() for key, p in theirs.items()}
     expected.groups = [[{"d": value} for value in values] for values in d]
-    noise = difference(open_loop(SINGLE, shapes, steps, groups=2, noisy=True, **switch), ours)
     apart = difference(ours, expected)
+    if apart["d"] <= 1e-6 and apart["weights"] <= 1e-5:
+        return
     # What a rounding error in the gradients does to one process bounds what another order of summation may do.
+    noise = difference(open_loop(SINGLE, shapes, steps, groups=2, noisy=True, **switch), ours)
     assert apart["d"] <= max(1e-6, 3 * noise["d"]), (apart, noise)
     assert apart["weights"] <= max(1e-5, 3 * noise["weights"]), (apart, noise)
     assert noise["d"] <= 1e-3, "the comparison says nothing if rounding noise moves d like this"
@@ -168,7 +170,7 @@ def closed_loop(optimizer_of: Any, steps: int) -> tuple[list[float], list[float]
         loss = nn.functional.cross_entropy(model(inputs), targets)
         loss.backward()
         quiet_step(optimizer)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         d.append(optimizer.param_groups[0]["d"])
     return losses, d
 

@@ -20,6 +20,7 @@ ROOT = launchers.ROOT
 TRAIN = str(ROOT / "launch" / "train.py")
 TINY = "--dim 16 --layers 2 --heads 2 --seq-len 16 --batch-size 4 --opt d0=1e-4".split()
 NETWORK = "10.77.41"
+STEPS = 24
 LIMIT_SECONDS = 120
 POLL_SECONDS = 0.02
 # Beyond the summation order of two ranks nothing differs.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.bootstrap import launchers
-from tests.launch.hosts import SAME_LOSS, TINY, TRAIN, WHY_NOT, alone, finish, metrics, possible, two_hosts
+from tests.launch.hosts import SAME_LOSS, TINY, TRAIN, WHY_NOT, finish, metrics, possible, two_hosts
 
 pytestmark = pytest.mark.launch
 
@@ -16,16 +16,8 @@ STEPS = 20
 OPTIONS = [*TINY, "--steps", str(STEPS), "--eval-every", str(STEPS), "--check-every", "5"]
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
-    """The metrics of one process under plain python."""
-    output = tmp_path_factory.mktemp("python")
-    alone(*OPTIONS, "--output", str(output))
-    return metrics(output)
-
-
-def check(output: Path, reference: list[dict[str, float]]) -> None:
-    rows = metrics(output)
+def check(output: Path, one_process: list[dict[str, float]]) -> None:
+    rows, reference = metrics(output), one_process[:STEPS]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     # A training that stands still would be the same everywhere too.
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
@@ -35,16 +27,16 @@ def check(output: Path, reference: list[dict[str, float]]) -> None:
 
 
 @pytest.mark.parametrize("launch", [launchers.torchrun, launchers.mpich, launchers.open_mpi, launchers.deepspeed])
-def test_two_ranks_under(launch: Any, reference: list[dict[str, float]], tmp_path: Path) -> None:
+def test_two_ranks_under(launch: Any, one_process: list[dict[str, float]], tmp_path: Path) -> None:
     outcome = launch(*OPTIONS, "--output", str(tmp_path), TRAIN_SCRIPT=TRAIN)
     assert outcome.code == 0, outcome.text
-    check(tmp_path, reference)
+    check(tmp_path, one_process)
 
 
 @pytest.mark.skipif(not possible(), reason=WHY_NOT)
-def test_two_hosts(reference: list[dict[str, float]], tmp_path: Path) -> None:
+def test_two_hosts(one_process: list[dict[str, float]], tmp_path: Path) -> None:
     with two_hosts() as hosts:
         started = [host.start(*OPTIONS, "--output", str(tmp_path)) for host in hosts]
         for code, text in [finish(process) for process in started]:
             assert code == 0, text
-    check(tmp_path, reference)
+    check(tmp_path, one_process)
