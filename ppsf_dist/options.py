@@ -12,6 +12,8 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 ARGUMENTS: dict[str, Any] = {
     "lr": 1.0,
     "betas": (0.9, 0.99),
@@ -48,7 +50,7 @@ OPTIMIZER_WIDE = ("split_groups", "split_groups_mean", "fused_back_pass", "refer
 POOLED = ("d0", "beta3", "d_coef", "d_limiter", "prodigy_steps", "use_speed")
 """With ``split_groups=False`` one step size serves all groups: these belong to it, so all groups must agree on them."""
 
-_BOOLEANS = tuple(name for name, default in ARGUMENTS.items() if isinstance(default, bool))
+_BOOLEANS = (*(name for name, default in ARGUMENTS.items() if isinstance(default, bool)), "reference_quirks")
 
 
 def _finite_number(value: Any) -> bool:
@@ -71,11 +73,12 @@ def validate_group(group: MutableMapping[str, Any], *, lr_may_be_zero: bool = Tr
         ValueError: an argument is out of range. The message names it, its value and what is allowed.
     """
     lr = group["lr"]
-    lr_number = float(lr)
+    # torch's schedulers may put a tensor of one element here.
+    lr_number = lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr
     if lr_may_be_zero:
-        _require(math.isfinite(lr_number) and lr_number >= 0, "lr", lr, "a finite number >= 0")
+        _require(_finite_number(lr_number) and lr_number >= 0, "lr", lr, "a finite number >= 0")
     else:
-        _require(math.isfinite(lr_number) and lr_number > 0, "lr", lr, "a finite number > 0 (1.0 unless you scale d)")
+        _require(_finite_number(lr_number) and lr_number > 0, "lr", lr, "a finite number > 0 (1.0 unless you scale d)")
     betas = group["betas"]
     _require(isinstance(betas, (tuple, list)) and len(betas) == 2, "betas", betas, "a pair (beta1, beta2)")
     group["betas"] = (betas[0], betas[1])

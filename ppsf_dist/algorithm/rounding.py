@@ -20,6 +20,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MASK_32 = 0xFFFFFFFF
 _KEEP_HIGH_HALF = -65536
 _SIGN_32 = 1 << 31
+_LARGEST = torch.finfo(torch.bfloat16).max
 
 
 def _logical_shift_(x: Tensor, bits: int, scratch: Tensor) -> Tensor:
@@ -60,15 +61,15 @@ def round_half_(x: Tensor, random: Tensor) -> Tensor:
     """Round fp32 ``x`` stochastically to values that bf16 holds exactly, in place.
 
     Adds 16 random bits below bf16's last place and cuts there, so the expectation is ``x``. Infinities and NaN stay
-    as they are: adding to their bit pattern would turn them into something else.
+    as they are: adding to their bit pattern would turn them into something else. A finite ``x`` stays finite.
 
     Args:
         x: fp32.
         random: int32 in [0, 65535], overwritten.
     """
     random.add_(x.view(torch.int32)).bitwise_and_(_KEEP_HIGH_HALF)
-    rounded = random.view(torch.float32)
-    # Near the top of the range the sum may carry into the exponent of infinity, as rounding to nearest would too.
+    # Near the top of the range the sum carries into the exponent of infinity.
+    rounded = random.view(torch.float32).clamp_(-_LARGEST, _LARGEST)
     return torch.where(x.isfinite(), rounded, x, out=x)
 
 

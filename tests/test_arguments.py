@@ -1,0 +1,246 @@
+"""Arguments: what is refused and how it is said, what is warned of, and what torch's own tools rely on."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from prodigyplus.prodigy_plus_schedulefree import ProdigyPlusScheduleFree as Reference
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial
+
+from ppsf_dist import ProdigyPlusScheduleFree
+from ppsf_dist.options import ARGUMENTS
+from tests.harness.pool import run
+
+NAN, INF = math.nan, math.inf
+
+OUT_OF_RANGE: list[tuple[str, Any, str, str]] = [
+    *[("lr", value, f"lr={value!r}", "a finite number >") for value in (-1.0, NAN, INF, "a", None)],
+    *[("betas", value, f"betas={value!r}", "a pair") for value in (None, 0.9, (0.9,), (0.9, 0.99, 0.999))],
+    *[("betas", (value, 0.99), f"betas[0]={value!r}", "0 <= beta < 1") for value in (-0.1, 1.0, NAN, None, "a")],
+    *[("betas", (0.9, value), f"betas[1]={value!r}", "0 <= beta < 1") for value in (-0.1, 1.0, NAN, None, "a")],
+    *[("beta3", value, f"beta3={value!r}", "None or 0 <= beta3 < 1") for value in (-0.1, 1.0, NAN, "a")],
+    *[("weight_decay", value, f"weight_decay={value!r}", "a finite number >= 0") for value in (-0.1, NAN, INF, None)],
+    *[("d0", value, f"d0={value!r}", "a finite number > 0") for value in (0.0, -1e-6, NAN, INF, None)],
+    *[("d_coef", value, f"d_coef={value!r}", "a finite number > 0") for value in (0.0, -1.0, NAN, INF, None)],
+    *[("prodigy_steps", value, f"prodigy_steps={value!r}", "an integer >= 0") for value in (-1, 1.5, True, None)],
+    *[("schedulefree_c", value, f"schedulefree_c={value!r}", "a finite number >= 0") for value in (-1, NAN, None)],
+    *[("eps", value, f"eps={value!r}", "a number > 0, or None") for value in (0.0, -1e-8, NAN, "a")],
+    *[
+        (name, value, f"{name}={value!r}", "True or False")
+        for name in [*(n for n, default in ARGUMENTS.items() if isinstance(default, bool)), "reference_quirks"]
+        for value in (2, None, "yes")
+    ],
+]
+IDS = [f"{message}" for _, _, message, _ in OUT_OF_RANGE]
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.ones(shape or (5,)))
+
+
+def quiet(*args: Any, **kwargs: Any) -> ProdigyPlusScheduleFree:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return ProdigyPlusScheduleFree(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("name", "value", "says", "allowed"), OUT_OF_RANGE, ids=IDS)
+def test_the_constructor_refuses(name: str, value: Any, says: str, allowed: str) -> None:
+    with pytest.raises(ValueError) as error:
+        ProdigyPlusScheduleFree([parameter()], **{name: value})
+    assert says in str(error.value) and allowed in str(error.value)
+    with pytest.raises(ValueError) as error:
+        ProdigyPlusScheduleFree([{"params": [parameter()], name: value}])
+    assert says in str(error.value) and allowed in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "value", "says", "allowed"), OUT_OF_RANGE, ids=IDS)
+def test_a_late_group_is_refused_before_anything_changes(name: str, value: Any, says: str, allowed: str) -> None:
+    p = parameter()
+    optimizer = quiet([p], d0=1e-2)
+    p.grad = torch.ones(5)
+    optimizer.step()
+    before = optimizer.state_dict()
+    with pytest.raises(ValueError) as error:
+        optimizer.add_param_group({"params": [parameter()], name: value})
+    assert says in str(error.value) and allowed in str(error.value)
+    after = optimizer.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    assert before["state"].keys() == after["state"].keys()
+    optimizer.step()
+    assert optimizer.param_groups[0]["k"] == 3
+
+
+def test_lr_is_zero_only_in_a_group() -> None:
+    with pytest.raises(ValueError, match=r"lr=0 is out of range: allowed is a finite number > 0"):
+        ProdigyPlusScheduleFree([parameter()], lr=0)
+    assert quiet([{"params": [parameter()], "lr": 0}]).param_groups[0]["lr"] == 0
+    assert float(quiet([{"params": [parameter()], "lr": torch.tensor(0.5)}]).param_groups[0]["lr"]) == 0.5
+
+
+@pytest.mark.parametrize("name", ["split_groups", "split_groups_mean", "fused_back_pass", "reference_quirks"])
+def test_groups_agree_on_what_belongs_to_the_optimizer(name: str) -> None:
+    other = not {**ARGUMENTS, "reference_quirks": True}[name]
+    with pytest.raises(ValueError, match=f"{name} is .* in group 0 and .* in group 1"):
+        ProdigyPlusScheduleFree([{"params": [parameter()]}, {"params": [parameter()], name: other}])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("d0", 1e-3), ("beta3", 0.5), ("d_coef", 2.0), ("d_limiter", False), ("prodigy_steps", 5), ("use_speed", True)],
+)
+def test_groups_agree_on_what_belongs_to_their_one_step_size(name: str, value: Any) -> None:
+    def groups() -> list[dict[str, Any]]:
+        return [{"params": [parameter()]}, {"params": [parameter()], name: value}]
+
+    quiet(groups())
+    with pytest.raises(ValueError, match=f"{name} is .* or split_groups=True"):
+        ProdigyPlusScheduleFree(groups(), split_groups=False)
+
+
+def test_arguments_are_the_references_in_its_order() -> None:
+    ours = inspect.signature(ProdigyPlusScheduleFree).parameters
+    theirs = inspect.signature(Reference).parameters
+    positional = [p for p in ours.values() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    assert [(p.name, p.default) for p in positional] == [(p.name, p.default) for p in theirs.values()]
+    keyword_only = {p.name: p.default for p in ours.values() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert keyword_only == {"decouple_lr": None, "reference_quirks": True, "process_group": None, "seed": 0}
+    assert len(positional) + len(keyword_only) == len(ours)
+    assert {p.name: p.default for p in positional if p.name != "params"} == ARGUMENTS
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_decouple_lr_is_a_former_name(value: bool) -> None:
+    with pytest.warns(DeprecationWarning, match=f"pass weight_decay_by_lr={not value}"):
+        optimizer = ProdigyPlusScheduleFree([parameter()], decouple_lr=value)
+    assert optimizer.param_groups[0]["weight_decay_by_lr"] is not value
+
+
+@pytest.mark.parametrize(
+    ("switches", "says", "settled"),
+    [
+        ({"use_cautious": True, "use_grams": True}, "use_grams=True has no effect", {"use_grams": False}),
+        ({"use_focus": True}, "factored=True has no effect", {"factored": False}),
+        ({"eps": None}, "use_stableadamw=True has no effect", {"use_stableadamw": False}),
+        ({"eps": None, "use_focus": True, "factored": False}, "eps=None .* has no effect", {}),
+        ({"use_speed": True, "weight_decay": 0.1}, "can let d grow without bound", {}),
+        ({"betas": (0.0, 0.99)}, r"betas\[0\]=0", {}),
+        ({"use_bias_correction": True, "betas": (0.9, 0.6)}, r"betas\[1\]=0.6 <= 0.6 never moves", {}),
+        ({"d_coef": 0.5}, "d can never grow", {}),
+    ],
+)
+def test_what_has_no_effect_is_said(switches: dict[str, Any], says: str, settled: dict[str, bool]) -> None:
+    with pytest.warns(UserWarning, match=says):
+        optimizer = ProdigyPlusScheduleFree([parameter()], **switches)
+    assert {name: optimizer.param_groups[0][name] for name in settled} == settled
+    late = quiet([parameter()])
+    with pytest.warns(UserWarning, match=says):
+        late.add_param_group({"params": [parameter()], **switches})
+
+
+@pytest.mark.parametrize(
+    "switches", [{}, {"d_coef": 0.5, "reference_quirks": False}, {"d_coef": 0.5, "use_speed": True}]
+)
+def test_nothing_is_said_without_reason(switches: dict[str, Any]) -> None:
+    quiet([parameter()], **switches)
+
+
+def test_what_loggers_read_are_plain_numbers() -> None:
+    p = parameter()
+    optimizer = quiet([p])
+    for _ in range(3):
+        p.grad = torch.ones(5)
+        optimizer.step()
+        (group,) = optimizer.param_groups
+        for key in ("d", "lr", "effective_lr", "d_numerator", "d_denom"):
+            assert type(group[key]) is float, key
+        assert type(group["k"]) is int and type(group["train_mode"]) is bool
+    assert type(optimizer.get_d_estimate()) is float and [type(d) for d in optimizer.get_d()] == [float]
+    assert type(optimizer.skipped_steps) is int
+
+
+def test_parameters_come_plain_named_or_in_groups() -> None:
+    assert quiet(iter([parameter()])).param_groups[0]["lr"] == 1.0
+    named = quiet([("weight", parameter()), ("bias", parameter())])
+    assert named.param_groups[0]["param_names"] == ["weight", "bias"]
+    groups = quiet(
+        [{"params": [parameter()], "lr": 0.5, "betas": [0.8, 0.9]}, {"params": parameter()}], weight_decay=0.1
+    )
+    assert [group["lr"] for group in groups.param_groups] == [0.5, 1.0]
+    assert [group["betas"] for group in groups.param_groups] == [(0.8, 0.9), (0.9, 0.99)]
+    assert [group["weight_decay"] for group in groups.param_groups] == [0.1, 0.1]
+    for optimizer in (named, groups):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert all(bool((p < 1).all()) for group in optimizer.param_groups for p in group["params"])
+
+
+def test_a_closure_runs_with_gradients_and_its_value_comes_back() -> None:
+    p = parameter()
+    optimizer = quiet([p])
+    calls = []
+
+    def closure() -> float:
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss: Tensor = (p * p).sum()
+        loss.backward()
+        return float(loss.detach())
+
+    with torch.no_grad():
+        assert optimizer.step(closure) == 5.0
+    assert calls == [True]
+    assert bool((p < 1).all())
+    assert optimizer.step() is None
+
+
+def test_schedulers_of_torch_scale_the_step() -> None:
+    moves = {}
+    for scale in (1.0, 0.25):
+        p = nn.Parameter(torch.zeros(5))
+        optimizer = quiet([p], d0=1e-2, prodigy_steps=1)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k, scale=scale: scale if k else 1.0)
+        for _ in range(2):
+            before = optimizer.state[p]["z"].clone() if p in optimizer.state else torch.zeros(5)
+            p.grad = torch.ones(5)
+            optimizer.step()
+            scheduler.step()
+        moves[scale] = optimizer.state[p]["z"] - before
+        assert optimizer.param_groups[0]["lr"] == scale
+    torch.testing.assert_close(moves[0.25], 0.25 * moves[1.0])
+
+
+def test_flat_parameters_of_fsdp1_are_refused() -> None:
+    p = parameter()
+    p._fsdp_flattened = True  # type: ignore[attr-defined]
+    p.grad = torch.ones(5)
+    optimizer = quiet([p])
+    with pytest.raises(NotImplementedError, match="use FSDP2, torch.distributed.fsdp.fully_shard"):
+        optimizer.step()
+    assert not optimizer.state and torch.equal(p.detach(), torch.ones(5))
+
+
+def _partial() -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    p = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Partial()]))
+    p.grad = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()])
+    optimizer = ProdigyPlusScheduleFree([p])
+    with pytest.raises(ValueError) as error:
+        optimizer.step()
+    assert not optimizer.state
+    return str(error.value)
+
+
+@pytest.mark.dist
+def test_partial_parameters_are_refused() -> None:
+    for message in run(2, _partial):
+        assert "a Partial parameter has no value of its own; redistribute it to Replicate() or Shard()" in message
