@@ -17,7 +17,7 @@ from ppsf_dist.algorithm import averaging
 from ppsf_dist.host import HostAccess
 from ppsf_dist.kernels.eager import EagerKernels
 from ppsf_dist.kernels.interface import Stat
-from ppsf_dist.options import ARGUMENTS, Switches, validate_group, validate_together
+from ppsf_dist.options import ARGUMENTS, Switches, validate_group, validate_seed, validate_together
 from ppsf_dist.plan import Plan
 from ppsf_dist.scalars import GroupNumbers, PartNumbers, StepNumbers, initial_numbers
 from ppsf_dist.sharding import Shard, Team
@@ -113,6 +113,8 @@ class ProdigyPlusScheduleFree(Optimizer):
     ) -> None:
         given = locals()
         defaults = {name: given[name] for name in ARGUMENTS} | {"reference_quirks": reference_quirks}
+        if decouple_lr not in (None, True, False):
+            raise ValueError(f"decouple_lr={decouple_lr!r} is out of range: allowed is None, True or False")
         if decouple_lr is not None:
             warnings.warn(
                 f"decouple_lr={decouple_lr} is deprecated: pass weight_decay_by_lr={not decouple_lr}",
@@ -120,6 +122,7 @@ class ProdigyPlusScheduleFree(Optimizer):
                 stacklevel=2,
             )
             defaults["weight_decay_by_lr"] = not decouple_lr
+        validate_seed(seed)
         validate_group(defaults, lr_may_be_zero=False)
         self._process_group = process_group
         self._seed = seed

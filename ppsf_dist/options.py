@@ -107,6 +107,15 @@ def validate_group(group: MutableMapping[str, Any], *, lr_may_be_zero: bool = Tr
     _settle(group)
 
 
+def validate_seed(seed: Any) -> None:
+    """Check the seed of stochastic rounding.
+
+    Raises:
+        ValueError: it is not an integer >= 0.
+    """
+    _require(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0, "seed", seed, "an integer >= 0")
+
+
 def _settle(group: MutableMapping[str, Any]) -> None:
     """Switch off what another switch excludes, and say so."""
 

@@ -129,7 +129,11 @@ def test_decouple_lr_is_a_former_name(value: bool) -> None:
         ({"use_cautious": True, "use_grams": True}, "use_grams=True has no effect", {"use_grams": False}),
         ({"use_focus": True}, "factored=True has no effect", {"factored": False}),
         ({"eps": None}, "use_stableadamw=True has no effect", {"use_stableadamw": False}),
-        ({"eps": None, "use_focus": True, "factored": False}, "eps=None .* has no effect", {}),
+        (
+            {"eps": None, "use_focus": True, "factored": False, "use_stableadamw": False},
+            "eps=None .* has no effect",
+            {},
+        ),
         ({"use_speed": True, "weight_decay": 0.1}, "can let d grow without bound", {}),
         ({"betas": (0.0, 0.99)}, r"betas\[0\]=0", {}),
         ({"use_bias_correction": True, "betas": (0.9, 0.6)}, r"betas\[1\]=0.6 <= 0.6 never moves", {}),
@@ -244,3 +248,9 @@ def _partial() -> str:
 def test_partial_parameters_are_refused() -> None:
     for message in run(2, _partial):
         assert "a Partial parameter has no value of its own; redistribute it to Replicate() or Shard()" in message
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", "a"), ("seed", 1.5), ("seed", -1), ("decouple_lr", "x")])
+def test_arguments_of_the_optimizer_alone(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value!r} is out of range"):
+        ProdigyPlusScheduleFree([torch.nn.Parameter(torch.ones(2))], **{name: value})

@@ -5,8 +5,11 @@ The rows about a whole run, a checkpoint or several ranks are tested where those
 
 from __future__ import annotations
 
+import ast
 import copy
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ D = 1e-2
 BETA1, BETA2 = 0.9, 0.99
 EPS = 1e-8
 GROWTH = 2**0.25
+ROOT = Path(__file__).parent.parent
 PLAIN: dict[str, Any] = {"d0": D, "prodigy_steps": 1, "use_stableadamw": False, "factored": False}
 """d stays at D and nothing scales the direction, so that a step can be written out."""
 
@@ -260,6 +264,18 @@ def test_o7_a_parameter_that_joins_adopt_late_begins_as_the_others_did(schedulef
     assert 0 < reached <= D * (1 + 1e-5)
 
 
+def test_o9_steps_are_counted_where_a_parameter_never_has_a_gradient() -> None:
+    used, unused = start(), start()
+    optimizer = make_optimizer({"used": used, "unused": unused}, fused_back_pass=True)
+    counts = []
+    for g in gradients(4):
+        used.grad = g
+        optimizer.step_param(used)
+        optimizer.step()
+        counts.append(optimizer.param_groups[0]["k"])
+    assert counts == [2, 3, 4, 5]
+
+
 @pytest.mark.parametrize(
     ("dtype", "entry", "expected"),
     [
@@ -366,3 +382,49 @@ def test_o26_groups_hold_plain_values_and_the_same_keys(split_groups: bool) -> N
             values = [value for key, value in group.items() if key != "params"]
             assert not any(isinstance(value, Tensor) for value in values)
             assert all(math.isfinite(value) for value in values if isinstance(value, float))
+
+
+# ---- the same as in the reference ----
+
+
+def test_o15_a_group_with_lr_zero_adapts_and_decays() -> None:
+    results = []
+    for build in (make_optimizer, make_reference):
+        p = start((110,))
+        before = p.detach().clone()
+        optimizer = build({"p": p}, d0=1e-6, weight_decay=0.01, weight_decay_by_lr=False)
+        optimizer.param_groups[0]["lr"] = 0.0
+        for g in gradients(10, (110,)):
+            step(optimizer, p, g)
+        assert optimizer.param_groups[0]["d"] > 1e-6
+        assert float(p.detach().norm()) < float(before.norm())
+        results.append((optimizer.param_groups[0]["d"], p.detach()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    near(results[0][1], results[1][1])
+
+
+def test_o28_very_small_gradients_make_smaller_steps() -> None:
+    (gradient,) = gradients(1, (40, 40))
+    moved: dict[float, list[float]] = {}
+    for scale in (1.0, 1e-9):
+        for build in (make_optimizer, make_reference):
+            p = nn.Parameter(torch.zeros(40, 40))
+            optimizer = build({"p": p}, d0=1e-6)
+            step(optimizer, p, gradient * scale)
+            moved.setdefault(scale, []).append(float(optimizer.state[p]["z"].norm()))
+    for ours, theirs in moved.values():
+        assert ours == pytest.approx(theirs, rel=2e-6)
+    assert moved[1e-9][0] < moved[1.0][0] / 10
+
+
+def test_the_table_has_every_row_and_names_tests_that_exist() -> None:
+    lines = (ROOT / "docs" / "differences.md").read_text().splitlines()
+    rows = {match[1]: line for line in lines if (match := re.match(r"\| (O\d+) \|", line))}
+    assert list(rows) == [f"O{number}" for number in range(1, 30)]
+    for name, row in rows.items():
+        cited = re.findall(r"`(\w+)\.py::(\w+)`", row)
+        assert cited, name
+        for module, test in cited:
+            (path,) = (ROOT / "tests").rglob(f"{module}.py")
+            functions = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+            assert test in functions, (name, module, test)
