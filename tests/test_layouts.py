@@ -17,7 +17,7 @@ from tests.runs import SINGLE, Run, difference, make_optimizer, open_loop, open_
 from tests.switches import EVERY
 
 pytestmark = pytest.mark.dist
-STEPS = 8
+STEPS = 6
 SHAPES = named_shapes("small")
 ALL_SHAPES = named_shapes("all")
 SHARDED = [name for name, layout in LAYOUTS.items() if layout.world_size > 1]
@@ -96,8 +96,8 @@ def sometimes_missing(step: int, name: str) -> bool:
 @pytest.mark.parametrize("switch", ["default", "speed", "adopt", "momentum", "bias_correction"])
 @pytest.mark.parametrize("name", SHARDED)
 def test_parameters_without_gradients(name: str, switch: str) -> None:
-    reference = open_loop(SINGLE, SHAPES, STEPS, groups=2, missing=sometimes_missing, **EVERY[switch])
-    ours = on_layout(LAYOUTS[name], SHAPES, missing=sometimes_missing, **EVERY[switch])
+    reference = open_loop(SINGLE, SHAPES, 8, groups=2, missing=sometimes_missing, **EVERY[switch])
+    ours = on_layout(LAYOUTS[name], SHAPES, 8, missing=sometimes_missing, **EVERY[switch])
     apart = difference(ours, reference)
     assert apart["d"] <= 1e-6 and apart["weights"] <= 1e-5, apart
     assert torch.equal(ours.weights["short"], reference.start["short"])
