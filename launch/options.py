@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ppsf_dist import ProdigyPlusScheduleFree
 from ppsf_dist.bootstrap import ProcessInfo
-from strategies import DTYPES, STRATEGIES
+from strategies import DTYPES, STRATEGIES, ZERO_STAGES
 
 LAST = "last"
 # What a checkpoint only makes sense with. Strategy, number of ranks and --steps may change when a run is resumed.
@@ -37,6 +37,7 @@ class Settings:
     """What a person can choose; the fields are the options of `train.py --help`."""
 
     strategy: str | None = None
+    zero_stage: int = 3
     steps: int = 400
     batch_size: int = 16
     seq_len: int = 128
@@ -111,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=sorted(STRATEGIES),
         help="how the model lies on the ranks (default: single for one rank, fsdp for more)",
     )
-
+    add(where, "zero_stage", "what --strategy deepspeed splits over the ranks", type=int, choices=ZERO_STAGES)
     where.add_argument(
         "--dry-run",
         action="store_true",

@@ -19,6 +19,8 @@ from ppsf_dist.fsdp import load_checkpoint, save_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+ZERO_STAGES = (1, 2, 3)
+
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], ProdigyPlusScheduleFree]
 
 
@@ -111,8 +113,22 @@ def fsdp(model: ByteTransformer, make_optimizer: MakeOptimizer, ranks: ProcessIn
     return Trainer(model, make_optimizer(model.parameters()), ranks)
 
 
-STRATEGIES: dict[str, Callable[[ByteTransformer, MakeOptimizer, ProcessInfo], Trainer]] = {
+def deepspeed(model: ByteTransformer, make_optimizer: MakeOptimizer, ranks: ProcessInfo, zero_stage: int) -> Trainer:
+    """ZeRO: optimizer state (stage 1), gradients too (2) and parameters too (3) split over the ranks.
+
+    Raises:
+        UsageError: DeepSpeed is not installed.
+    """
+    try:
+        from zero import zero
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--strategy deepspeed: {error}: pip install -e .[deepspeed]") from error
+    return zero(model, make_optimizer, ranks, zero_stage)
+
+
+STRATEGIES: dict[str, Callable[..., Trainer]] = {
     "single": single,
     "ddp": ddp,
     "fsdp": fsdp,
+    "deepspeed": deepspeed,
 }

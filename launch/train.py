@@ -134,7 +134,8 @@ def _place(settings: Settings, strategy: str, ranks: ProcessInfo) -> Trainer:
     def make_optimizer(parameters: Iterable[nn.Parameter]) -> ProdigyPlusScheduleFree:
         return _optimizer(settings, parameters)
 
-    trainer = STRATEGIES[strategy](model, make_optimizer, ranks)
+    choice = {"zero_stage": settings.zero_stage} if strategy == "deepspeed" else {}
+    trainer = STRATEGIES[strategy](model, make_optimizer, ranks, **choice)
     if settings.batch_size % trainer.data_ranks:
         raise UsageError(
             f"--batch-size {settings.batch_size} does not divide over {trainer.data_ranks} ranks: "

@@ -18,8 +18,6 @@ from ppsf_dist import averaged
 from ppsf_dist.bootstrap import ProcessInfo
 from strategies import MakeOptimizer, Trainer
 
-STAGES = (1, 2, 3)
-
 
 class ZeroTrainer(Trainer):
     """A model in a DeepSpeed engine.
@@ -48,7 +46,7 @@ class ZeroTrainer(Trainer):
 
 
 def zero(model: ByteTransformer, make_optimizer: MakeOptimizer, ranks: ProcessInfo, stage: int) -> Trainer:
-    """Optimizer state (stage 1), gradients too (2) and parameters too (3) split over the ranks.
+    """A model in an engine of that stage.
 
     The config's own optimizer entry gives way to the one of the command line, and its precision to --dtype.
     """
