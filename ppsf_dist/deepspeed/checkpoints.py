@@ -1,0 +1,216 @@
+"""State in the form of DeepSpeed's checkpoints, and back.
+
+DeepSpeed writes what ``state_dict()`` returns into one file for each rank, and gives it back at the same number of
+ranks. Its universal checkpoints reshard, but of the state they keep only ``exp_avg`` and ``exp_avg_sq``, tensors that
+lie like the flat one, and the param_groups of rank 0. So ``exp_avg`` holds z (or the momentum), and ``exp_avg_sq`` the
+elementwise second moment, or, of a parameter that is factored and has none, its bf16 samples p0 and s, two in a word.
+The rest lies whole in the first param_group of rank 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ppsf_dist.checkpoint import SAMPLED, WHOLE, read_groups
+from ppsf_dist.deepspeed.gather import gather_samples
+from ppsf_dist.deepspeed.shards import Partition, ZeroShard
+from ppsf_dist.sharding import team_of_ranks
+
+KEY = "ppsf_dist"
+"""Of what is kept aside, in the state of a flat tensor and in the first param_group."""
+
+Entry = dict[str, Any]
+State = dict[Tensor, Entry]
+
+ROUND_ROBIN = (
+    "it was saved with zero_optimization.round_robin_gradients=true, where DeepSpeed puts the weights in the wrong "
+    "places of a universal checkpoint: set it to false, save again, and convert that"
+)
+
+ROUND_ROBIN_HERE = (
+    "zero_optimization.round_robin_gradients=true makes DeepSpeed put its tensors in the wrong places: set it to false"
+)
+EXPERTS = "it has experts, of which each rank saved others under the same names: load the checkpoint it was made from"
+
+
+def to_deepspeed(partition: Partition, state: State) -> dict[str, Any]:
+    """The optimizer's state for this rank's checkpoint file, on the CPU. Collective."""
+    entries: dict[int, Entry] = {}
+    index_of: dict[int, int] = {}
+    # One number for all parameters: universal checkpoints insist on it.
+    steps = int(partition.groups[0]["k"]) - 1
+    for place, shard in partition.slices.items():
+        index = index_of.setdefault(id(shard.flat), len(index_of))
+        if index not in entries:
+            flat = torch.zeros_like(shard.flat, device="cpu")
+            entries[index] = {"step": steps, "exp_avg": flat, "exp_avg_sq": flat.clone(), KEY: {}}
+        entry = state.get(shard.param)
+        own = _write(shard, entry, entries[index]) if entry else None
+        entries[index][KEY][place] = {"start": shard.start, "numel": shard.numel, "at": shard.at, "state": own}
+    groups = partition.numbered_groups()
+    groups[0] = {**groups[0], KEY: _for_all_ranks(partition, state, groups)}
+    return {"state": entries, "param_groups": groups}
+
+
+def from_deepspeed(partition: Partition, state_dict: dict[str, Any], state: State) -> None:
+    """Load what :func:`to_deepspeed` returned on this rank.
+
+    Raises:
+        ValueError: it was returned by a rank with other slices, or the groups do not fit. Nothing is changed then.
+    """
+    groups = read_groups(state_dict, _as_given(partition))
+    entries = {place: (entry, kept) for entry in state_dict["state"].values() for place, kept in entry[KEY].items()}
+    loaded: State = {}
+    for place, shard in partition.slices.items():
+        entry, kept = entries.get(place, ({}, None))
+        if kept is None or (kept["start"], kept["numel"], kept["at"]) != (shard.start, shard.numel, shard.at):
+            raise ValueError(
+                f"the checkpoint has another slice of parameter {place} (shape {shard.shape}) than this rank: load it "
+                "with the number of ranks and the zero_optimization settings it was saved with (stage, "
+                "round_robin_gradients, parameter_alignment, sub_group_size), or make a universal checkpoint of it"
+            )
+        if kept["state"] is not None:
+            loaded[shard.param] = _read(shard, entry, kept["state"])
+    _take_over(partition, state, loaded, groups)
+
+
+def is_universal(partition: Partition, state: State) -> bool:
+    """Whether DeepSpeed has written the tensors of a universal checkpoint into the state, under its flat tensors."""
+    return any(state.get(shard.flat) for shard in partition.slices.values())
+
+
+def from_universal(partition: Partition, state: State) -> None:
+    """Bring what DeepSpeed has written into state and groups into the form in which a step uses it.
+
+    Raises:
+        ValueError: the checkpoint was not made by this optimizer, with other parameters, or with round-robin gradients.
+    """
+    kept = partition.groups[0].get(KEY)
+    if kept is None:
+        raise ValueError(
+            "the universal checkpoint has no state of ProdigyPlusScheduleFree: it was made with another optimizer; "
+            "load it with load_optimizer_states=False"
+        )
+    refusal = kept["refusal"] or (ROUND_ROBIN_HERE if _is_misplaced(partition) else None)
+    if refusal:
+        raise ValueError(f"the universal checkpoint cannot be used: {refusal}")
+    groups = read_groups({"param_groups": kept["groups"]}, _as_given(partition))
+    loaded: State = {}
+    for place, shard in partition.slices.items():
+        whole = kept["params"].get(place)
+        if whole is None:
+            continue
+        if tuple(whole["shape"]) != shard.shape:
+            raise ValueError(
+                f"parameter {place} has shape {tuple(whole['shape'])} in the universal checkpoint and {shard.shape} "
+                "here: build the optimizer with the parameters and groups the checkpoint was made with"
+            )
+        rest = {name: value for name, value in whole.items() if name != "shape"}
+        for name in SAMPLED:
+            if name in rest:
+                rest[name] = shard.extract_samples(rest[name])
+        loaded[shard.param] = _read(shard, state[shard.flat], rest)
+    _take_over(partition, state, loaded, groups)
+
+
+def _as_given(partition: Partition) -> list[dict[str, Any]]:
+    return [{**group, "params": params} for group, params in zip(partition.groups, partition.given, strict=True)]
+
+
+def _take_over(partition: Partition, state: State, loaded: State, groups: list[dict[str, Any]]) -> None:
+    for group, values in zip(partition.groups, groups, strict=True):
+        group.update({name: value for name, value in values.items() if name != "params"})
+        group.pop(KEY, None)
+    state.clear()
+    state.update(loaded)
+
+
+def _for_all_ranks(partition: Partition, state: State, groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a universal checkpoint needs besides the flat tensors; the parameters' part on rank 0 only."""
+    params: dict[int, Entry] = {}
+    for place, shard in partition.slices.items():
+        if state.get(shard.param):
+            aside = {name: value for name, value in _aside(shard, state[shard.param]).items() if name != "y"}
+            for name in SAMPLED:
+                if name in aside:
+                    aside[name] = gather_samples(shard, aside[name])
+            params[place] = {**_on_cpu(aside), "shape": shard.shape}
+    experts = any(len(shard.domain) != dist.get_world_size() for shard in partition.slices.values())
+    # Stage 3 gives every group what the checkpoint says of the first: so all of them lie here as well.
+    return {
+        "groups": groups,
+        "params": params if dist.get_rank() == 0 else {},
+        "refusal": ROUND_ROBIN if _is_misplaced(partition) else EXPERTS if experts else None,
+    }
+
+
+def _is_misplaced(partition: Partition) -> bool:
+    """Whether DeepSpeed's own map, by which it makes and loads universal checkpoints, is wrong on any rank.
+
+    It is under ``round_robin_gradients``: then it does not know the order in which the parameters lie.
+    """
+    wrong = 0
+    for shard in partition.slices.values():
+        if hasattr(shard.param, "_hp_mapping"):
+            address = shard.param._hp_mapping and shard.param._hp_mapping.lp_fragment_address
+            believed = (address.start, address.numel) if address else (0, 0)
+            wrong += believed != (shard.start, shard.numel)
+    total = torch.tensor([float(wrong)])
+    team_of_ranks(range(dist.get_world_size())).sum_(total)
+    return bool(total)
+
+
+def _aside(shard: ZeroShard, entry: Entry) -> Entry:
+    """What of a parameter's state has no place in the flat tensors, and what lies there.
+
+    ``in_exp_avg`` names the tensor in ``exp_avg``, ``packed`` the samples in ``exp_avg_sq``.
+    """
+    first = "z" if "z" in entry else "exp_avg"
+    samples = [name for name in SAMPLED if name in entry]
+    packs = (
+        "exp_avg_sq" not in entry
+        and shard.flat.dtype == torch.float32
+        and all(entry[name].dtype == torch.bfloat16 for name in samples)
+    )
+    elsewhere = {first, "exp_avg_sq", *(samples if packs else [])}
+    aside = {name: value for name, value in entry.items() if name not in elsewhere}
+    return {**aside, "in_exp_avg": first, "packed": samples if packs else []}
+
+
+def _write(shard: ZeroShard, entry: Entry, flats: Entry) -> Entry:
+    """Write a parameter's state into the flat tensors, and return what has no place there."""
+    aside = _aside(shard, entry)
+    shard.local(flats["exp_avg"]).copy_(entry[aside["in_exp_avg"]])
+    second = shard.local(flats["exp_avg_sq"])
+    if "exp_avg_sq" in entry:
+        second.copy_(entry["exp_avg_sq"])
+    elif aside["packed"]:
+        # Two bf16 in each word, where a sample's second moment would be: p0 in its upper half, s in its lower.
+        halves = [entry[name].view(torch.int16).int() for name in aside["packed"]]
+        words = halves[0] << 16 if len(halves) == 1 else (halves[0] << 16) | (halves[1] & 0xFFFF)
+        second[shard.samples] = words.view(torch.float32).cpu()
+    return _on_cpu(aside)
+
+
+def _read(shard: ZeroShard, flats: Entry, aside: Entry) -> Entry:
+    """The inverse of :func:`_write`, on the device of the weights."""
+    device = shard.flat.device
+    entry: Entry = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in aside.items()}
+    first, packed = entry.pop("in_exp_avg"), entry.pop("packed")
+    entry[first] = shard.local(flats["exp_avg"]).to(device, copy=True)
+    second = shard.local(flats["exp_avg_sq"]).to(device, copy=True)
+    if not set(WHOLE) & set(entry):
+        entry["exp_avg_sq"] = second
+    words = second[shard.samples].contiguous().view(torch.int32)
+    for name, shift in zip(packed, (16, 0), strict=False):
+        entry[name] = (words >> shift).to(torch.int16).view(torch.bfloat16)
+    return entry
+
+
+def _on_cpu(entry: Entry) -> Entry:
+    """A copy, so that files hold no more than the tensors themselves."""
+    return {name: value.cpu().clone() if isinstance(value, Tensor) else value for name, value in entry.items()}

@@ -1,0 +1,123 @@
+"""What of a DeepSpeed config cannot work, and what it decides without having been asked."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from ppsf_dist.optimizer import ProdigyPlusScheduleFree
+
+Config = Mapping[str, Any]
+
+NO_CLIPPING = '"gradient_clipping": 0.0'
+_CHECKED = "_ppsf_dist_checked_config"
+
+
+def build(params: Iterable[Any], **arguments: Any) -> ProdigyPlusScheduleFree:
+    """Make the optimizer that a config names. DeepSpeed calls this.
+
+    Args:
+        params: the model's parameters, or groups of them.
+        arguments: ``optimizer.params`` of the config.
+
+    Raises:
+        ValueError: the config asks for what cannot work, or an argument is out of range.
+    """
+    check_calling_engine(averages=arguments.get("use_schedulefree", True))
+    return ProdigyPlusScheduleFree(params, **arguments)
+
+
+def check_config(config: Config | str | Path, *, averages: bool | None = None) -> None:
+    """Refuse what cannot work, and warn of gradient clipping that nobody has asked for.
+
+    An optimizer that a config names calls this by itself. Call it where you give DeepSpeed an optimizer of your own
+    and want to know before the first step.
+
+    Args:
+        config: the DeepSpeed config, or the path of its JSON file.
+        averages: whether ``use_schedulefree`` is on. Default: what the config says.
+
+    Raises:
+        ValueError: a setting that cannot work; the message names it and what to change.
+    """
+    if not isinstance(config, Mapping):
+        config = json.loads(Path(config).read_text())
+        assert isinstance(config, Mapping)
+    if averages is None:
+        averages = _at(config, "optimizer.params.use_schedulefree", True)
+    reasons = list(_refusals(config, averages=averages))
+    if reasons:
+        raise ValueError("this DeepSpeed config cannot work with ProdigyPlusScheduleFree: " + "; ".join(reasons))
+    if "gradient_clipping" not in config:
+        warnings.warn(
+            "the DeepSpeed config does not say gradient_clipping, and DeepSpeed (0.19) then clips gradients to norm "
+            f"1.0, which holds back the estimate of the step size d: add {NO_CLIPPING} to the config, or the norm "
+            "that you want",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def check_calling_engine(*, averages: bool) -> None:
+    """:func:`check_config` on the config of the engine that this call comes from, once for each engine.
+
+    DeepSpeed tells its optimizers nothing about the engine or the config: only the stack leads to them.
+    """
+    engine = _calling_engine()
+    if engine is not None and not getattr(engine, _CHECKED, False):
+        check_config(engine._config._param_dict, averages=averages)
+        setattr(engine, _CHECKED, True)
+
+
+def _calling_engine() -> Any:
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, DeepSpeedEngine):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def _refusals(config: Config, *, averages: bool) -> Iterator[str]:
+    offload = "zero_optimization.offload_optimizer"
+    if _at(config, f"{offload}.ratio", 1.0) < 1.0:
+        yield (
+            f"{offload}.ratio={_at(config, f'{offload}.ratio')} steps a part of the weights with DeepSpeedCPUAdam: "
+            "leave it out, or set it to 1.0"
+        )
+    if _at(config, f"{offload}.super_offload", False):
+        yield f"{offload}.super_offload=true steps the weights with DeepSpeedCPUAdam: leave it out"
+    if _at(config, "zero_optimization.zenflow") is not None:
+        yield "zero_optimization.zenflow steps a part of the gradients with Adam: leave it out"
+    if averages and _at(config, f"{offload}.device") == "nvme":
+        yield (
+            f'{offload}.device="nvme" keeps the weights where the averaged ones cannot be computed for an evaluation: '
+            'set it to "cpu", or use_schedulefree to false'
+        )
+    if _at(config, "zero_optimization.elastic_checkpoint", False):
+        yield "zero_optimization.elastic_checkpoint=true drops state from checkpoints: set it to false"
+    universal = _at(config, "checkpoint.load_universal", False)
+    if universal and _at(config, "zero_optimization.round_robin_gradients", False):
+        yield (
+            "zero_optimization.round_robin_gradients=true makes DeepSpeed put a universal checkpoint in the wrong "
+            "places: set it to false while checkpoint.load_universal is true"
+        )
+    if _at(config, "tensor_parallel.autotp_size", 1) > 1:
+        yield (
+            "tensor_parallel.autotp_size > 1 hides the shapes of the parameters: set it to 1 and shard by ZeRO alone, "
+            "or use FSDP2 with tensor parallelism"
+        )
+
+
+def _at(config: Config, path: str, default: Any = None) -> Any:
+    value: Any = config
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return default if value is None else value

@@ -1,0 +1,86 @@
+"""Parameters under ZeRO: param_groups hold flat tensors, and step() comes once for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ppsf_dist.adapters import Group, Layout, Member, Part, State
+from ppsf_dist.deepspeed.checkpoints import KEY, from_deepspeed, from_universal, is_universal, to_deepspeed
+from ppsf_dist.deepspeed.config import check_calling_engine
+from ppsf_dist.deepspeed.refresh import refresh_model
+from ppsf_dist.deepspeed.shards import Partition, ZeroShard, find_partition, is_trained
+from ppsf_dist.sharding import Shard, plain_shard
+
+
+class ZeroLayout(Layout):
+    """ZeRO stages 1, 2 and 3, and BF16_Optimizer.
+
+    Stages 1 and 2 call ``step()`` once for each group and let ``param_groups`` show only that one; stage 3 calls it
+    once for each sub-group, with all other groups empty; BF16_Optimizer once. The flat tensors that a call shows say
+    which part of the step it is.
+    """
+
+    def __init__(self, groups: list[Group], given: list[list[Tensor]]) -> None:
+        super().__init__(groups, given)
+        check_calling_engine(averages=any(group["use_schedulefree"] for group in groups))
+
+    def is_current(self) -> bool:
+        return True
+
+    def parameters(self) -> list[list[Tensor]]:
+        return list(self.given)
+
+    @cached_property
+    def partition(self) -> Partition:
+        """Looked up once: DeepSpeed's ``offload_states`` takes away what it is read off."""
+        return find_partition(self.groups, self.given)
+
+    @cached_property
+    def _slices(self) -> dict[Tensor, ZeroShard]:
+        return {shard.param: shard for shard in self.partition.slices.values()}
+
+    @cached_property
+    def whole(self) -> Part:
+        return frozenset(id(shard.flat) for shard in self._slices.values())
+
+    def part(self, visible: Sequence[Group]) -> Part:
+        return frozenset(id(flat) for group in visible for flat in group["params"])
+
+    def signature(self, part: Part) -> Hashable:
+        return part
+
+    def members(self, part: Part) -> list[Member]:
+        members, position = [], 0
+        for index, params in enumerate(self.given):
+            for param in params:
+                if is_trained(param) and id(self._slices[param].flat) in part:
+                    members.append(Member(param, index, position))
+                position += 1
+        return members
+
+    def refresh(self) -> None:
+        trained = [[param for param in params if is_trained(param)] for params in self.given]
+        refresh_model([(self._slices[params[0]].flat, params) for params in trained if params])
+
+    def state_dict(self, state: State) -> dict[str, Any]:
+        return to_deepspeed(self.partition, state)
+
+    def load_state_dict(self, state_dict: dict[str, Any], state: State) -> bool:
+        if KEY not in state_dict["param_groups"][0]:
+            return False
+        from_deepspeed(self.partition, state_dict, state)
+        return True
+
+    def adopt(self, state: State) -> bool:
+        if not is_universal(self.partition, state):
+            return False
+        from_universal(self.partition, state)
+        return True
+
+    def shards(self, params: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> list[Shard]:
+        return [self._slices.get(param) or plain_shard(param) for param in params]

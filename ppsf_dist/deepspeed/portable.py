@@ -1,0 +1,239 @@
+"""Checkpoints in the form of :mod:`ppsf_dist.fsdp`: from ZeRO to FSDP2, DDP or one device, and back.
+
+Every tensor is gathered whole, one after the other, and written by one rank; each is read by all of them. So saving
+takes the memory of this rank's share of the checkpoint on the host, loading that of the largest parameter.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from ppsf_dist.checkpoint import LIKE_PARAMETER, SAMPLED, to_portable
+from ppsf_dist.deepspeed.experts import is_expert
+from ppsf_dist.deepspeed.gather import gather_elements, gather_samples
+from ppsf_dist.deepspeed.shards import ZeroShard
+from ppsf_dist.evaluation import innermost
+from ppsf_dist.fsdp.checkpoint import finished_checkpoint, read_extra, write_checkpoint
+from ppsf_dist.sharding import Shard, whole
+
+Location = str | os.PathLike[str]
+Entry = tuple[Any, ...]
+"""Path of an entry in a nested state dict."""
+
+
+@torch.no_grad()
+def save_checkpoint(path: Location, engine: Any, extra: dict[str, Any] | None = None) -> None:
+    """Save weights and optimizer state so that :func:`ppsf_dist.fsdp.load_checkpoint` loads them on another layout.
+
+    The weights are the fp32 ones. Every rank must call it, between steps; ``path`` must be shared.
+
+    Args:
+        path: folder of the checkpoint.
+        engine: of ``deepspeed.initialize``, at any stage.
+        extra: values that JSON can hold, such as the number of steps done.
+
+    Raises:
+        NotImplementedError: the model has experts, which are not the same on every rank.
+    """
+    run = _Run(engine)
+    state = {
+        "model": dict(run.whole_weights()),
+        "optimizer": {"state": dict(run.whole_states()), "param_groups": run.named_groups()},
+    }
+    write_checkpoint(path, state, extra)
+
+
+@torch.no_grad()
+def load_checkpoint(path: Location, engine: Any) -> dict[str, Any]:
+    """Load what :func:`save_checkpoint` or :func:`ppsf_dist.fsdp.save_checkpoint` saved. Every rank must call it.
+
+    Returns:
+        The ``extra`` values of the save.
+
+    Raises:
+        FileNotFoundError: ``path`` holds no finished checkpoint.
+        ValueError: the checkpoint was made with other switches, shapes or groups; the message names them.
+        NotImplementedError: the model has experts, which are not the same on every rank.
+    """
+    folder = finished_checkpoint(path)
+    files = _Files(folder)
+    run = _Run(engine)
+    run.load_optimizer(files)
+    run.load_weights(files)
+    return read_extra(folder)
+
+
+class _Run:
+    """An engine's model and optimizer, and what connects them: the names of the parameters."""
+
+    def __init__(self, engine: Any) -> None:
+        self.module: nn.Module = engine.module
+        if any(is_expert(param) for param in self.module.parameters()):
+            raise NotImplementedError(
+                "the model has experts, and each rank holds other ones under the same names: use DeepSpeed's "
+                "engine.save_checkpoint and load_checkpoint with the same number of ranks"
+            )
+        self.optimizer = innermost(engine.optimizer)
+        # What lives on the device comes into state and groups.
+        self.optimizer.get_d()
+        self.layout = self.optimizer._current_layout()
+        # Of a parameter with several names only the first.
+        self._name_of = {id(param): name for name, param in self.module.named_parameters()}
+        self.group_names = [[self._name_of[id(param)] for param in params] for params in self.layout.given]
+        names = [name for group in self.group_names for name in group]
+        members = self.layout.members(self.layout.whole)
+        shards = self.layout.shards([member.param for member in members], None)
+        self.shards: dict[str, Shard] = {
+            names[member.identity]: shard for member, shard in zip(members, shards, strict=True)
+        }
+
+    def named_groups(self) -> list[dict[str, Any]]:
+        groups = zip(self.layout.groups, self.group_names, strict=True)
+        return [{**group, "params": names} for group, names in groups]
+
+    def whole_states(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The state of each parameter, in portable form, on the rank that writes it."""
+        for place, (name, shard) in enumerate(self.shards.items()):
+            entry = {key: _gathered(shard, key, value) for key, value in self.optimizer.state[shard.param].items()}
+            if entry and _writes(place):
+                portable = to_portable(Shard(shard.param, shard.shape, (whole(shard.shape),)), entry)
+                yield name, {k: v.cpu() if isinstance(v, Tensor) else v for k, v in portable.items()}
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights (in fp32 where ZeRO keeps them so) and buffers, on the rank that writes them."""
+        for place, (name, value) in enumerate(self._tensors()):
+            shard = self._shard(value)
+            if shard is not None:
+                tensor = _gathered(shard, "z", shard.weights())
+            else:
+                with deepspeed.zero.GatheredParameters(_partitioned(value)):
+                    tensor = value.detach().clone()
+            if _writes(place):
+                yield name, tensor.cpu()
+
+    def load_optimizer(self, files: _Files) -> None:
+        """Load the optimizer's state, parameter by parameter."""
+        groups = files.groups()
+        names = {shard.param: name for name, shard in self.shards.items()}
+        ours = [[names.get(param) for param in params] for params in self.layout.parameters()]
+        for index, (group, expected) in enumerate(zip(groups, self.group_names, strict=False)):
+            if set(group["params"]) != set(expected):
+                differing = sorted(set(group["params"]) ^ set(expected))
+                raise ValueError(
+                    f"parameter group {index} of the checkpoint has other parameters than here ({differing[0]}, for "
+                    "instance): build the optimizer with the groups that the checkpoint was made with"
+                )
+        if len(groups) == len(ours):
+            groups = [{**group, "params": params} for group, params in zip(groups, ours, strict=True)]
+        self.optimizer.load_state_dict({"state": _States(files), "param_groups": groups})
+
+    def load_weights(self, files: _Files) -> None:
+        """Load weights and buffers, one after the other, and show them to the model."""
+        for name, value in self._tensors():
+            shard = self._shard(value)
+            loaded: Tensor = files.read([("model", name)])["model", name]
+            with deepspeed.zero.GatheredParameters(_partitioned(value) if shard is None else [], modifier_rank=0):
+                shape = tuple(value.shape) if shard is None else shard.shape
+                if tuple(loaded.shape) != shape:
+                    raise ValueError(
+                        f"{name} has shape {tuple(loaded.shape)} in the checkpoint and {shape} here: it is another "
+                        "model's"
+                    )
+                if shard is None:
+                    value.copy_(loaded)
+                else:
+                    shard.weights().copy_(shard.extract(loaded))
+        self.layout.refresh()
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return list(self.module.state_dict(keep_vars=True).items())
+
+    def _shard(self, value: Tensor) -> Shard | None:
+        """What the optimizer has of a tensor of the model, if it trains it."""
+        return self.shards.get(self._name_of.get(id(value), ""))
+
+
+def _gathered(shard: Shard, key: str, value: Any) -> Any:
+    if isinstance(shard, ZeroShard) and key in LIKE_PARAMETER:
+        return gather_elements(shard, value)
+    return gather_samples(shard, value) if isinstance(shard, ZeroShard) and key in SAMPLED else value
+
+
+def _writes(place: int) -> bool:
+    """Whether this rank writes a tensor: they take turns."""
+    return place % dist.get_world_size() == dist.get_rank()
+
+
+def _partitioned(value: Any) -> list[Any]:
+    """A parameter that stage 3 has taken away, as frozen ones too."""
+    return [value] if hasattr(value, "ds_id") else []
+
+
+class _Files:
+    """A distributed checkpoint from which single entries are read."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._metadata = FileSystemReader(folder).read_metadata()
+        # The names of nested entries are joined with dots, which the names of parameters have too.
+        self._keys = {tuple(path): key for key, path in self._metadata.planner_data.items()}
+
+    def below(self, *path: str) -> list[Entry]:
+        """The paths of all entries below one."""
+        return [other for other in self._keys if other[: len(path)] == path]
+
+    def read(self, paths: list[Entry]) -> dict[Entry, Any]:
+        """The entries at the given paths.
+
+        Raises:
+            ValueError: the checkpoint has no such entry.
+        """
+        for path in paths:
+            if path not in self._keys:
+                raise ValueError(f"the checkpoint {self._folder} has no {'.'.join(path)}: it is another model's")
+        entries = {self._keys[path]: self._empty(self._keys[path]) for path in paths}
+        load(entries, checkpoint_id=self._folder, no_dist=True)
+        return {path: entries[self._keys[path]] for path in paths}
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameter groups, whose entries are stored one by one."""
+        groups: dict[int, dict[str, Any]] = {}
+        for (_, _, index, name), value in self.read(self.below("optimizer", "param_groups")).items():
+            groups.setdefault(index, {})[name] = value
+        return [groups[index] for index in sorted(groups)]
+
+    def _empty(self, key: str) -> Tensor | None:
+        entry = self._metadata.state_dict_metadata[key]
+        if isinstance(entry, TensorStorageMetadata):
+            return torch.empty(entry.size, dtype=entry.properties.dtype)
+        return None
+
+
+class _States(Mapping[str, dict[str, Any]]):
+    """The state of each parameter by its name, read when it is asked for."""
+
+    def __init__(self, files: _Files) -> None:
+        self._files = files
+        self._paths: dict[str, list[Entry]] = {}
+        for path in files.below("optimizer", "state"):
+            self._paths.setdefault(path[2], []).append(path)
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        return {path[-1]: value for path, value in self._files.read(self._paths[name]).items()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)

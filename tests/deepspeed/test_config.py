@@ -1,0 +1,145 @@
+"""What the config decides: the name of the optimizer, refusals, and clipping that nobody has asked for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ppsf_dist import ProdigyPlusScheduleFree
+from ppsf_dist.deepspeed import check_config
+from tests.deepspeed.engines import GivenGradients, config, deepspeed_on_cpu, feed, gradients_for, make_groups
+from tests.deepspeed.references import SHAPES
+from tests.harness.models import initial_weights
+from tests.harness.pool import run
+
+pytestmark = pytest.mark.deepspeed
+OPTIMIZER = {"type": "ProdigyPlusScheduleFree", "params": {"betas": [0.9, 0.99]}}
+CONFIGS = sorted((Path(__file__).parents[2] / "launch").glob("ds_config_zero*.json"))
+
+
+def test_the_package_alone_does_not_import_deepspeed() -> None:
+    code = "import sys, ppsf_dist; assert not any(name.split('.')[0] == 'deepspeed' for name in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_name_stands_for_the_optimizer() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = getattr(torch.optim, OPTIMIZER["type"])([parameter], betas=[0.95, 0.99], d_coef=0.5)  # type: ignore[call-overload]
+    assert type(optimizer) is ProdigyPlusScheduleFree
+    assert optimizer.param_groups[0]["betas"] == (0.95, 0.99) and optimizer.param_groups[0]["d_coef"] == 0.5
+
+
+def zero(**settings: Any) -> dict[str, Any]:
+    return {"zero_optimization": settings}
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "ratio": (zero(stage=3, offload_optimizer={"device": "cpu", "ratio": 0.5}), "offload_optimizer.ratio=0.5"),
+    "super_offload": (zero(stage=3, offload_optimizer={"device": "cpu", "super_offload": True}), "super_offload=true"),
+    "zenflow": (zero(stage=2, zenflow={"topk_ratio": 0.1}), "zero_optimization.zenflow"),
+    "nvme": (zero(stage=3, offload_optimizer={"device": "nvme", "nvme_path": "/nvme"}), 'device="nvme"'),
+    "elastic": (zero(stage=1, elastic_checkpoint=True), "elastic_checkpoint=true"),
+    "universal": (
+        {**zero(stage=2, round_robin_gradients=True), "checkpoint": {"load_universal": True}},
+        "round_robin_gradients=true",
+    ),
+    "tensor_parallel": ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused(case: str, tmp_path: Path) -> None:
+    settings, named = REFUSED[case]
+    settings = {**settings, "gradient_clipping": 0.0}
+    with pytest.raises(ValueError, match=named):
+        check_config(settings)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=named):
+        check_config(file)
+
+
+def test_without_averages_weights_may_lie_on_disk() -> None:
+    settings = {**REFUSED["nvme"][0], "gradient_clipping": 0.0}
+    check_config({**settings, "optimizer": {"params": {"use_schedulefree": False}}})
+    check_config(settings, averages=False)
+
+
+def refused_by_initialize() -> str:
+    """DeepSpeed itself would stop at an assertion about its own optimizer, which names no setting."""
+    deepspeed = deepspeed_on_cpu()
+    settings = {**config(3), "optimizer": OPTIMIZER}
+    settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "ratio": 0.5}
+    with pytest.raises(ValueError) as error:
+        deepspeed.initialize(model=GivenGradients(initial_weights(SHAPES)), config=settings)
+    return str(error.value)
+
+
+def test_initialize_refuses_before_anything_is_built() -> None:
+    (message,) = run(1, refused_by_initialize)
+    assert "offload_optimizer.ratio=0.5" in message and "set it to 1.0" in message
+
+
+def refused_at_the_first_step(stage: int) -> str:
+    deepspeed = deepspeed_on_cpu()
+    model = GivenGradients(initial_weights(SHAPES))
+    optimizer = ProdigyPlusScheduleFree(make_groups(model, 2))
+    settings = {**config(stage), "checkpoint": {"load_universal": True}}
+    settings["zero_optimization"]["round_robin_gradients"] = True
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    with pytest.raises(ValueError) as error:
+        feed(engine, next(gradients_for(SHAPES, 1, torch.float32)))
+    return str(error.value)
+
+
+def test_an_optimizer_of_ones_own_refuses_at_its_first_step() -> None:
+    (message,) = run(1, refused_at_the_first_step, 2)
+    assert "round_robin_gradients=true" in message
+
+
+def warnings_of_a_run(settings: dict[str, Any], named: bool) -> list[str]:
+    """All warnings about clipping of two steps and an evaluation."""
+    deepspeed = deepspeed_on_cpu()
+    model = GivenGradients(initial_weights(SHAPES))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if named:
+            engine, *_ = deepspeed.initialize(model=model, config={**settings, "optimizer": OPTIMIZER})
+        else:
+            optimizer = ProdigyPlusScheduleFree(make_groups(model, 2))
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        for gradients in gradients_for(SHAPES, 2, torch.float32):
+            feed(engine, gradients)
+    engine.destroy()
+    return [str(warning.message) for warning in caught if "gradient_clipping" in str(warning.message)]
+
+
+@pytest.mark.parametrize("stage,named", [(0, True), (1, True), (1, False), (3, True), (3, False)])
+def test_clipping_that_nobody_chose_is_warned_of_once(stage: int, named: bool) -> None:
+    settings = config(stage)
+    del settings["gradient_clipping"]
+    ((message,),) = run(1, warnings_of_a_run, settings, named)
+    assert '"gradient_clipping": 0.0' in message
+    for chosen in (0.0, 1.0):
+        assert run(1, warnings_of_a_run, settings | {"gradient_clipping": chosen}, named) == [[]]
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=[file.stem for file in CONFIGS])
+def test_the_configs_for_launching(file: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_config(file)
+    settings = json.loads(file.read_text())
+    assert settings["zero_optimization"]["stage"] == int(file.stem[-1])
+    assert settings["optimizer"]["type"] == OPTIMIZER["type"]
+
+
+def test_there_is_a_config_for_every_stage() -> None:
+    assert [file.name for file in CONFIGS] == [f"ds_config_zero{stage}.json" for stage in (1, 2, 3)]
