@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -160,7 +161,15 @@ class CopiesLayout(Layout):
 
 
 def find_layout(groups: list[Group], given: list[list[Tensor]]) -> Layout:
-    """How the parameters that the groups were made with stand in ``param_groups`` now."""
+    """How the parameters that the groups were made with stand in ``param_groups`` now.
+
+    Raises:
+        ValueError: a DeepSpeed engine is stepping, and its config asks for what cannot work.
+    """
+    if "deepspeed" in sys.modules:
+        from ppsf_dist.deepspeed.config import check_calling_engine
+
+        check_calling_engine(averages=any(group["use_schedulefree"] for group in groups))
     if len(given) != len(groups):
         # DeepSpeed removes groups without parameters.
         given = [params for params in given if params]

@@ -42,7 +42,7 @@ OPTIMIZERS: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
     "torch Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-3),
 }
 
-ROWS = {
+ON_MESHES = {
     "replicated": "DDP, 2 ranks",
     "fsdp_2": "FSDP2, 2 ranks, nothing but matrices that divide evenly",
     "fsdp_real": "FSDP2 (`fully_shard`), 2 ranks",
@@ -56,6 +56,17 @@ ROWS = {
     "mixed": "FSDP2 with ignored parameters, 2 ranks",
 }
 
+ON_ZERO = {
+    (1, 2): "DeepSpeed ZeRO-1, 2 ranks",
+    (2, 2): "DeepSpeed ZeRO-2, 2 ranks",
+    (3, 2): "DeepSpeed ZeRO-3, 2 ranks",
+    (3, 4): "DeepSpeed ZeRO-3, 4 ranks",
+}
+"""By stage and number of ranks."""
+
+Outcome = tuple[dict[str, Tensor], float, int]
+"""Whole weights, d of this rank (0 if there is none), and blocking collectives of the last step."""
+
 SAME = 1e-5
 """Largest difference, relative to the movement of the parameter, that another order of summation explains."""
 
@@ -67,8 +78,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def work(layout: Layout, name: str, shapes: NamedShapes) -> tuple[dict[str, Tensor], float, int]:
-    """Whole weights, d of this rank (0 if there is none), and blocking collectives of the last step."""
+def on_mesh(layout: Layout, name: str, shapes: NamedShapes) -> Outcome:
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     parameters = shard_parameters(initial_weights(shapes), layout)
     with quiet():
@@ -79,17 +89,43 @@ def work(layout: Layout, name: str, shapes: NamedShapes) -> tuple[dict[str, Tens
             set_grads(parameters, gradients)
             with count_collectives() as collectives:
                 optimizer.step()
-    d = optimizer.get_d_estimate() if isinstance(optimizer, ProdigyPlusScheduleFree) else 0.0
-    return gather(parameters), float(d or optimizer.param_groups[0].get("d", 0.0)), collectives.blocking
+    return gather(parameters), d_of(optimizer), collectives.blocking
 
 
-def compared(name: str, layout: Layout, shapes: NamedShapes) -> tuple[float, float, int] | str:
+def on_zero(stage: int, name: str, shapes: NamedShapes) -> Outcome:
+    from tests.deepspeed.engines import config, count_in_steps, feed, full_weights, gradients_for, make_engine
+
+    settings = config(stage) | {"zero_allow_untested_optimizer": True}
+    with quiet():
+        engine = make_engine(shapes, settings, make=OPTIMIZERS[name])
+        optimizer = engine.basic_optimizer
+        if name == "schedulefree":
+            optimizer.train()
+        counted = count_in_steps(optimizer)
+        for gradients in gradients_for(shapes, STEPS, torch.float32):
+            counted.clear()
+            feed(engine, gradients)
+    weights = full_weights(engine)
+    result = weights, d_of(optimizer), sum(collectives.blocking for collectives in counted)
+    engine.destroy()
+    return result
+
+
+def d_of(optimizer: torch.optim.Optimizer) -> float:
+    if isinstance(optimizer, ProdigyPlusScheduleFree):
+        return optimizer.get_d_estimate()
+    return float(optimizer.param_groups[0].get("d", 0.0))
+
+
+def compared(
+    name: str, ranks: int, work: Callable[..., Outcome], where: Layout | int, shapes: NamedShapes
+) -> tuple[float, float, int] | str:
     """Largest relative difference of d and of weights from one process, and collectives; or how it failed."""
-    expected = work(LAYOUTS["single"], name, shapes)
+    expected = on_mesh(LAYOUTS["single"], name, shapes)
+    # Workers find functions by the name of their module, which is not the one that runs as a script.
+    job = getattr(importlib.import_module("tests.layout_table"), work.__name__)
     try:
-        runs = run(
-            layout.world_size, importlib.import_module("tests.layout_table").work, layout, name, shapes, timeout=60
-        )
+        runs = run(ranks, job, where, name, shapes, timeout=60)
     except JobFailed as failure:
         text = str(failure)
         if "differ" in text:
@@ -119,8 +155,13 @@ def main() -> None:
     others = [name for name in OPTIMIZERS if name != "ppsf_dist"]
     print(f"| layout | d | weights | reductions | {' | '.join(others)} |")
     print("|" + "---|" * (4 + len(others)))
-    for key, title in ROWS.items():
-        results = {name: compared(name, LAYOUTS[key], EVEN if key == "fsdp_2" else AWKWARD) for name in OPTIMIZERS}
+    rows: list[tuple[str, int, Callable[..., Outcome], Layout | int, NamedShapes]] = [
+        (title, LAYOUTS[key].world_size, on_mesh, LAYOUTS[key], EVEN if key == "fsdp_2" else AWKWARD)
+        for key, title in ON_MESHES.items()
+    ]
+    rows += [(title, ranks, on_zero, stage, AWKWARD) for (stage, ranks), title in ON_ZERO.items()]
+    for title, *where in rows:
+        results = {name: compared(name, *where) for name in OPTIMIZERS}
         ours = cell(results["ppsf_dist"], detailed=True)
         print(
             f"| {title} | {ours} | " + " | ".join(cell(results[n], detailed=False) for n in others) + " |", flush=True

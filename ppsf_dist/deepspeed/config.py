@@ -68,11 +68,21 @@ def check_calling_engine(*, averages: bool) -> None:
     """:func:`check_config` on the config of the engine that this call comes from, once for each engine.
 
     DeepSpeed tells its optimizers nothing about the engine or the config: only the stack leads to them.
+
+    Raises:
+        ValueError: the config asks for what cannot work.
+        NotImplementedError: the engine has pipeline stages.
     """
     engine = _calling_engine()
-    if engine is not None and not getattr(engine, _CHECKED, False):
-        check_config(engine._config._param_dict, averages=averages)
-        setattr(engine, _CHECKED, True)
+    if engine is None or getattr(engine, _CHECKED, False):
+        return
+    if engine.pipeline_parallelism:
+        raise NotImplementedError(
+            "the model is a PipelineModule, whose stages would each find a step size of their own: shard it by ZeRO "
+            "alone, or use torch's pipeline stages with ProdigyPlusScheduleFree(..., process_group=)"
+        )
+    check_config(engine._config._param_dict, averages=averages)
+    setattr(engine, _CHECKED, True)
 
 
 def _calling_engine() -> Any:
@@ -87,6 +97,7 @@ def _calling_engine() -> Any:
 
 def _refusals(config: Config, *, averages: bool) -> Iterator[str]:
     offload = "zero_optimization.offload_optimizer"
+    stage = _at(config, "zero_optimization.stage", 0)
     if _at(config, f"{offload}.ratio", 1.0) < 1.0:
         yield (
             f"{offload}.ratio={_at(config, f'{offload}.ratio')} steps a part of the weights with DeepSpeedCPUAdam: "
@@ -108,6 +119,11 @@ def _refusals(config: Config, *, averages: bool) -> Iterator[str]:
         yield (
             "zero_optimization.round_robin_gradients=true makes DeepSpeed put a universal checkpoint in the wrong "
             "places: set it to false while checkpoint.load_universal is true"
+        )
+    if _at(config, "fp16.enabled", False) and not stage and _at(config, "fp16.loss_scale", 0) != 1:
+        yield (
+            "fp16.enabled=true at zero_optimization.stage=0 makes DeepSpeed (0.19) divide the gradients by a loss "
+            "scale that it has not multiplied the loss with: set zero_optimization.stage to 1, or fp16.loss_scale to 1"
         )
     if _at(config, "tensor_parallel.autotp_size", 1) > 1:
         yield (

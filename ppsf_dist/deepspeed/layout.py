@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ppsf_dist.adapters import Group, Layout, Member, Part, State
 from ppsf_dist.deepspeed.checkpoints import KEY, from_deepspeed, from_universal, is_universal, to_deepspeed
-from ppsf_dist.deepspeed.config import check_calling_engine
 from ppsf_dist.deepspeed.refresh import refresh_model
 from ppsf_dist.deepspeed.shards import Partition, ZeroShard, find_partition, is_trained
 from ppsf_dist.sharding import Shard, plain_shard
@@ -24,10 +23,6 @@ class ZeroLayout(Layout):
     once for each sub-group, with all other groups empty; BF16_Optimizer once. The flat tensors that a call shows say
     which part of the step it is.
     """
-
-    def __init__(self, groups: list[Group], given: list[list[Tensor]]) -> None:
-        super().__init__(groups, given)
-        check_calling_engine(averages=any(group["use_schedulefree"] for group in groups))
 
     def is_current(self) -> bool:
         return True

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tests.harness.counting import Collectives, count_collectives
 from tests.harness.models import D0, NamedShapes, gradient_sequence, initial_weights
 from tests.runs import Run
 
@@ -21,7 +22,8 @@ FROZEN = "frozen"
 
 def deepspeed_on_cpu() -> Any:
     """The module, without the C++ extension that it would compile for a minute."""
-    os.environ["LOCAL_RANK"] = str(dist.get_rank())
+    if dist.is_initialized():
+        os.environ["LOCAL_RANK"] = str(dist.get_rank())
     import deepspeed
     import deepspeed.ops
 
@@ -29,7 +31,8 @@ def deepspeed_on_cpu() -> Any:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # DeepSpeed calls functions that torch 2.13 has renamed.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     return deepspeed
 
 
@@ -89,22 +92,35 @@ def make_engine(
     groups: int = 1,
     dtype: torch.dtype = torch.float32,
     zero_init: bool = False,
+    make: Callable[[Any], torch.optim.Optimizer] | None = None,
     **switches: Any,
 ) -> Any:
-    """The engine of a model with given gradients, its optimizer named in the config."""
+    """The engine of a model with given gradients, its optimizer named in the config, or made by ``make``."""
     deepspeed = deepspeed_on_cpu()
-    settings = {
-        **settings,
-        "optimizer": {"type": "ProdigyPlusScheduleFree", "params": {"d0": D0, **switches}},
-    }
+    if make is None:
+        settings = {
+            **settings,
+            "optimizer": {"type": "ProdigyPlusScheduleFree", "params": {"d0": D0, **switches}},
+        }
     start = initial_weights(shapes, dtype=dtype)
     init = deepspeed.zero.Init(config_dict_or_path=settings) if zero_init else nullcontext()
     with init:
         model = GivenGradients(start)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=make_groups(model, groups), config=settings)
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=make_groups(model, groups), optimizer=make, config=settings
+        )
     return engine
+
+
+def count_in_steps(optimizer: torch.optim.Optimizer) -> list[Collectives]:
+    """The collectives of each call of ``step()`` from now on."""
+    counting = ExitStack()
+    counted: list[Collectives] = []
+    optimizer.register_step_pre_hook(lambda *_: counted.append(counting.enter_context(count_collectives())))
+    optimizer.register_step_post_hook(lambda *_: counting.close())
+    return counted
 
 
 def gradients_for(shapes: NamedShapes, steps: int, dtype: torch.dtype, **kwargs: Any) -> Iterator[dict[str, Tensor]]:

@@ -12,7 +12,7 @@ from tests.harness.models import NamedShapes, initial_weights, named_shapes
 from tests.runs import Run, difference, make_optimizer, with_noise
 from tests.switches import EVERY
 
-STEPS = 8
+STEPS = 6
 SHAPES = named_shapes("small")
 UNSTABLE = ("d_limiter",)
 """Here d multiplies rounding errors from step to step, in one process too."""

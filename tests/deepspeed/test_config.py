@@ -31,9 +31,9 @@ def test_the_package_alone_does_not_import_deepspeed() -> None:
 
 def test_the_name_stands_for_the_optimizer() -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
-    optimizer = getattr(torch.optim, OPTIMIZER["type"])([parameter], betas=[0.95, 0.99], d_coef=0.5)  # type: ignore[call-overload]
+    optimizer = getattr(torch.optim, OPTIMIZER["type"])([parameter], betas=[0.95, 0.99], d_coef=2.0)  # type: ignore[call-overload]
     assert type(optimizer) is ProdigyPlusScheduleFree
-    assert optimizer.param_groups[0]["betas"] == (0.95, 0.99) and optimizer.param_groups[0]["d_coef"] == 0.5
+    assert optimizer.param_groups[0]["betas"] == (0.95, 0.99) and optimizer.param_groups[0]["d_coef"] == 2.0
 
 
 def zero(**settings: Any) -> dict[str, Any]:
@@ -50,6 +50,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {**zero(stage=2, round_robin_gradients=True), "checkpoint": {"load_universal": True}},
         "round_robin_gradients=true",
     ),
+    "fp16_without_zero": ({"fp16": {"enabled": True}}, "fp16.enabled=true"),
     "tensor_parallel": ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size"),
 }
 
@@ -104,6 +105,25 @@ def test_an_optimizer_of_ones_own_refuses_at_its_first_step() -> None:
     assert "round_robin_gradients=true" in message
 
 
+def refused_with_stages(named: bool) -> str:
+    """A pipeline of one stage: what DeepSpeed would build of more."""
+    deepspeed = deepspeed_on_cpu()
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    model = deepspeed.pipe.PipelineModule([torch.nn.Linear(3, 3)], num_stages=1, loss_fn=torch.nn.MSELoss())
+    settings = {**config(0), **({"optimizer": OPTIMIZER} if named else {})}
+    optimizer = None if named else ProdigyPlusScheduleFree(model.parameters())
+    with pytest.raises(NotImplementedError) as error:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        engine.train_batch(iter([(torch.ones(1, 3), torch.ones(1, 3))]))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_pipeline_stages_are_refused(named: bool) -> None:
+    (message,) = run(1, refused_with_stages, named)
+    assert "PipelineModule" in message and "process_group=" in message
+
+
 def warnings_of_a_run(settings: dict[str, Any], named: bool) -> list[str]:
     """All warnings about clipping of two steps and an evaluation."""
     deepspeed = deepspeed_on_cpu()
@@ -121,7 +141,7 @@ def warnings_of_a_run(settings: dict[str, Any], named: bool) -> list[str]:
     return [str(warning.message) for warning in caught if "gradient_clipping" in str(warning.message)]
 
 
-@pytest.mark.parametrize("stage,named", [(0, True), (1, True), (1, False), (3, True), (3, False)])
+@pytest.mark.parametrize("stage,named", [(0, True), (0, False), (1, True), (1, False), (3, True), (3, False)])
 def test_clipping_that_nobody_chose_is_warned_of_once(stage: int, named: bool) -> None:
     settings = config(stage)
     del settings["gradient_clipping"]
