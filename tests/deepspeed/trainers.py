@@ -1,0 +1,137 @@
+"""What a person writes for Accelerate and for Hugging Face's Trainer: ``python -m tests.deepspeed.trainers KIND FILE``.
+
+Rank 0 writes to a file what came out at each stage. Both keep a state of their process, so they have one of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ppsf_dist import ProdigyPlusScheduleFree, averaged
+from ppsf_dist.evaluation import innermost
+from tests.deepspeed.engines import config, deepspeed_on_cpu
+
+NO_DEEPSPEED = -1
+STAGES = (0, 1, 2, 3)
+NAMED_IN_CONFIG = 2
+"""The stage at which the config names the optimizer."""
+WIDTH = 40
+STEPS = 4
+# Trainer makes two groups, the config one.
+ARGUMENTS = {"d0": 1e-3, "split_groups": False}
+
+
+class Regression(nn.Module):
+    """Two layers and their squared error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        predicted = self.outer(self.inner(inputs.to(self.inner.weight.dtype)).tanh()).float().squeeze(-1)
+        return {"loss": (predicted - labels).square().mean(), "predicted": predicted}
+
+
+def settings_for(stage: int, dtype: torch.dtype) -> dict[str, Any]:
+    settings = config(stage, dtype)
+    if stage == NAMED_IN_CONFIG:
+        settings["optimizer"] = {"type": "ProdigyPlusScheduleFree", "params": ARGUMENTS}
+    return settings
+
+
+def with_accelerate(stage: int) -> dict[str, Any]:
+    """Losses on the weights y and x, reached through Accelerate's wrappers, on two ranks."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin, DummyOptim
+
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings_for(stage, torch.bfloat16)))
+    model = Regression()
+    named = stage == NAMED_IN_CONFIG
+    optimizer = (DummyOptim if named else ProdigyPlusScheduleFree)(model.parameters(), **({} if named else ARGUMENTS))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    inputs, labels = torch.randn(16, WIDTH), torch.randn(16)
+    share = slice(dist.get_rank(), None, dist.get_world_size())
+    for _ in range(STEPS):
+        accelerator.backward(model(inputs[share], labels[share])["loss"])
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def loss() -> float:
+        with torch.no_grad():
+            return model(inputs, labels)["loss"].item()
+
+    losses = {"y": loss()}
+    optimizer.eval()
+    losses["eval"] = loss()
+    optimizer.train()
+    losses["train"] = loss()
+    with averaged(optimizer, model):
+        losses["averaged"] = loss()
+    losses["after"] = loss()
+    return {"ranks": dist.get_world_size(), "wrapper": type(optimizer).__name__, **losses}
+
+
+def with_trainer(stage: int) -> dict[str, Any]:
+    """Losses of Hugging Face's evaluations between training steps, and of the training weights at the end."""
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"inputs": torch.randn(WIDTH), "labels": torch.randn(())} for _ in range(32)]
+    model = Regression()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=2 * STEPS,
+            eval_strategy="steps",
+            eval_steps=STEPS,
+            save_strategy="no",
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            per_device_train_batch_size=1,
+            use_cpu=stage == NO_DEEPSPEED,
+            deepspeed=None if stage == NO_DEEPSPEED else settings_for(stage, torch.float32),
+            learning_rate=1.0,
+            report_to=[],
+            disable_tqdm=True,
+        )
+        # Under DeepSpeed Trainer ignores what it gets as optimizers=, without a word.
+        own = {} if stage == NAMED_IN_CONFIG else {"optimizer_cls_and_kwargs": (ProdigyPlusScheduleFree, ARGUMENTS)}
+        trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data[:16], **own)
+        trainer.train()
+        losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+        trainer.optimizer.train()
+        batch = {name: torch.stack([row[name] for row in data[:16]]) for name in data[0]}
+        with torch.no_grad():
+            y = trainer.model_wrapped(**batch)["loss"].item()
+        inner = type(innermost(trainer.optimizer)).__name__
+    return {"wrapper": type(trainer.optimizer).__name__, "optimizer": inner, "eval": losses, "y": y}
+
+
+def main() -> None:
+    kind, file = sys.argv[1], Path(sys.argv[2])
+    deepspeed_on_cpu()
+    from accelerate.state import AcceleratorState
+
+    results = {}
+    for stage in (NO_DEEPSPEED, *STAGES) if kind == "trainer" else STAGES:
+        torch.manual_seed(0)
+        results[stage] = {"accelerate": with_accelerate, "trainer": with_trainer}[kind](stage)
+        # Otherwise the next one would have the config of this one.
+        AcceleratorState._reset_state(reset_partial_state=True)
+    if dist.get_rank() == 0:
+        file.write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
