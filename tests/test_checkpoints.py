@@ -209,3 +209,21 @@ def test_a_save_that_is_killed_leaves_the_one_before(tmp_path: Path) -> None:
 def test_no_checkpoint_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no finished checkpoint"):
         load_checkpoint(tmp_path, *build("single"))
+
+
+def test_a_checkpoint_that_is_refused_changes_nothing(tmp_path: Path) -> None:
+    """Neither weights nor state, whether the optimizer does not fit or the model."""
+    for name, rows, switches in (("speed", 3, {"use_speed": True}), ("shape", 2, {})):
+        model, optimizer = build("single", **switches)
+        model.register_buffer("table", torch.ones(rows, 3))
+        train(model, optimizer, 0, 3)
+        save_checkpoint(tmp_path / name, model, optimizer)
+
+    model, optimizer = build("single")
+    model.register_buffer("table", torch.zeros(3, 3))
+    train(model, optimizer, 0, 2)
+    before = whole(model), snapshot(optimizer)
+    for name, message in {"speed": "use_speed", "shape": r"table has shape \(2, 3\)"}.items():
+        with pytest.raises(ValueError, match=message):
+            load_checkpoint(tmp_path / name, model, optimizer)
+        assert same(before, (whole(model), snapshot(optimizer))) and not model.get_buffer("table").any()

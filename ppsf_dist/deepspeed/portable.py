@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from ppsf_dist.checkpoint import LIKE_PARAMETER, SAMPLED, to_portable
 from ppsf_dist.deepspeed.experts import is_expert
@@ -25,11 +21,10 @@ from ppsf_dist.deepspeed.gather import gather_elements, gather_samples
 from ppsf_dist.deepspeed.shards import ZeroShard
 from ppsf_dist.evaluation import innermost
 from ppsf_dist.fsdp.checkpoint import finished_checkpoint, read_extra, write_checkpoint
+from ppsf_dist.fsdp.files import CheckpointFiles, Entry
 from ppsf_dist.sharding import Shard, whole
 
 Location = str | os.PathLike[str]
-Entry = tuple[Any, ...]
-"""Path of an entry in a nested state dict."""
 
 
 @torch.no_grad()
@@ -63,12 +58,14 @@ def load_checkpoint(path: Location, engine: Any) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: ``path`` holds no finished checkpoint.
-        ValueError: the checkpoint was made with other switches, shapes or groups; the message names them.
+        ValueError: the checkpoint was made with other switches, shapes or groups; the message names them. Nothing is
+            changed then.
         NotImplementedError: the model has experts, which are not the same on every rank.
     """
     folder = finished_checkpoint(path)
-    files = _Files(folder)
+    files = CheckpointFiles(folder)
     run = _Run(engine)
+    files.check_model(run.shapes())
     run.load_optimizer(files)
     run.load_weights(files)
     return read_extra(folder)
@@ -122,7 +119,7 @@ class _Run:
             if _writes(place):
                 yield name, tensor.cpu()
 
-    def load_optimizer(self, files: _Files) -> None:
+    def load_optimizer(self, files: CheckpointFiles) -> None:
         """Load the optimizer's state, parameter by parameter."""
         groups = files.groups()
         names = {shard.param: name for name, shard in self.shards.items()}
@@ -138,23 +135,21 @@ class _Run:
             groups = [{**group, "params": params} for group, params in zip(groups, ours, strict=True)]
         self.optimizer.load_state_dict({"state": _States(files), "param_groups": groups})
 
-    def load_weights(self, files: _Files) -> None:
+    def load_weights(self, files: CheckpointFiles) -> None:
         """Load weights and buffers, one after the other, and show them to the model."""
         for name, value in self._tensors():
             shard = self._shard(value)
             loaded: Tensor = files.read([("model", name)])["model", name]
             with deepspeed.zero.GatheredParameters(_partitioned(value) if shard is None else [], modifier_rank=0):
-                shape = tuple(value.shape) if shard is None else shard.shape
-                if tuple(loaded.shape) != shape:
-                    raise ValueError(
-                        f"{name} has shape {tuple(loaded.shape)} in the checkpoint and {shape} here: it is another "
-                        "model's"
-                    )
                 if shard is None:
                     value.copy_(loaded)
                 else:
                     shard.weights().copy_(shard.extract(loaded))
         self.layout.refresh()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of weights and buffers, also of those that stage 3 has taken away."""
+        return {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in self._tensors()}
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         return list(self.module.state_dict(keep_vars=True).items())
@@ -180,50 +175,10 @@ def _partitioned(value: Any) -> list[Any]:
     return [value] if hasattr(value, "ds_id") else []
 
 
-class _Files:
-    """A distributed checkpoint from which single entries are read."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._metadata = FileSystemReader(folder).read_metadata()
-        # The names of nested entries are joined with dots, which the names of parameters have too.
-        self._keys = {tuple(path): key for key, path in self._metadata.planner_data.items()}
-
-    def below(self, *path: str) -> list[Entry]:
-        """The paths of all entries below one."""
-        return [other for other in self._keys if other[: len(path)] == path]
-
-    def read(self, paths: list[Entry]) -> dict[Entry, Any]:
-        """The entries at the given paths.
-
-        Raises:
-            ValueError: the checkpoint has no such entry.
-        """
-        for path in paths:
-            if path not in self._keys:
-                raise ValueError(f"the checkpoint {self._folder} has no {'.'.join(path)}: it is another model's")
-        entries = {self._keys[path]: self._empty(self._keys[path]) for path in paths}
-        load(entries, checkpoint_id=self._folder, no_dist=True)
-        return {path: entries[self._keys[path]] for path in paths}
-
-    def groups(self) -> list[dict[str, Any]]:
-        """The parameter groups, whose entries are stored one by one."""
-        groups: dict[int, dict[str, Any]] = {}
-        for (_, _, index, name), value in self.read(self.below("optimizer", "param_groups")).items():
-            groups.setdefault(index, {})[name] = value
-        return [groups[index] for index in sorted(groups)]
-
-    def _empty(self, key: str) -> Tensor | None:
-        entry = self._metadata.state_dict_metadata[key]
-        if isinstance(entry, TensorStorageMetadata):
-            return torch.empty(entry.size, dtype=entry.properties.dtype)
-        return None
-
-
 class _States(Mapping[str, dict[str, Any]]):
     """The state of each parameter by its name, read when it is asked for."""
 
-    def __init__(self, files: _Files) -> None:
+    def __init__(self, files: CheckpointFiles) -> None:
         self._files = files
         self._paths: dict[str, list[Entry]] = {}
         for path in files.below("optimizer", "state"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -19,6 +19,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
+
+from ppsf_dist.checkpoint import read_groups
+from ppsf_dist.fsdp.files import CheckpointFiles
 
 LATEST = "latest"
 EXTRA = "extra.json"
@@ -95,13 +98,18 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: O
 
     Raises:
         FileNotFoundError: ``path`` holds no finished checkpoint.
-        ValueError: the checkpoint was made with other switches or shapes; the message names the key.
+        ValueError: the checkpoint was made with other switches or shapes; the message names them. Nothing is changed
+            then.
     """
     folder = finished_checkpoint(path)
     state: dict[str, Any] = {
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer),
     }
+    files = CheckpointFiles(folder)
+    files.check_model({name: value.shape for name, value in state["model"].items() if isinstance(value, Tensor)})
+    if "state_version" in optimizer.param_groups[0]:
+        read_groups({"param_groups": files.groups()}, optimizer.param_groups)
     load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
