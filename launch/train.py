@@ -60,7 +60,11 @@ def _run(settings: Settings, ranks: ProcessInfo) -> int:
     strategy = settings.strategy or ("single" if ranks.world_size == 1 else "fsdp")
     folder = RunFolder(settings.output)
     _check_folder(settings, folder)
-    trainer = _place(settings, strategy, ranks)
+    torch.manual_seed(settings.seed)
+    model = _model(settings)
+    # Counted while the model is whole.
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trainer = _place(settings, strategy, ranks, model)
     first = _resume(settings, folder, trainer)
     corpus = standard_library()
     # Every rank has looked at the folder before rank 0 writes to it.
@@ -74,7 +78,7 @@ def _run(settings: Settings, ranks: ProcessInfo) -> int:
             "strategy": strategy,
             "ranks": ranks.world_size,
             "device": ranks.device.type,
-            "parameters": sum(parameter.numel() for parameter in trainer.module.parameters()),
+            "parameters": parameters,
             "train_bytes": len(corpus.train),
             "validation_bytes": len(corpus.validation),
             "corpus_sha256": corpus.sha256,
@@ -127,10 +131,7 @@ def _resume(settings: Settings, folder: RunFolder, trainer: Trainer) -> int:
     return first
 
 
-def _place(settings: Settings, strategy: str, ranks: ProcessInfo) -> Trainer:
-    torch.manual_seed(settings.seed)
-    model = _model(settings)
-
+def _place(settings: Settings, strategy: str, ranks: ProcessInfo, model: ByteTransformer) -> Trainer:
     def make_optimizer(parameters: Iterable[nn.Parameter]) -> ProdigyPlusScheduleFree:
         return _optimizer(settings, parameters)
 

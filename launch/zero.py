@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
+
+if not torch.accelerator.is_available():
+    # Otherwise every rank warns, when DeepSpeed is imported, that it has found nothing better.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
 from torch import Tensor
 
 import ppsf_dist.deepspeed
@@ -61,5 +67,7 @@ def zero(model: ByteTransformer, make_optimizer: MakeOptimizer, ranks: ProcessIn
     if ranks.device.type == "cpu":
         # Otherwise DeepSpeed compiles its shared-memory collectives for a minute, which needs a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed 0.19 calls functions that torch 2.13 has renamed, and would be told so in every step.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model.parameters()), config=config)
     return ZeroTrainer(engine, ranks)

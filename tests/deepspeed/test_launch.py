@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -29,13 +30,15 @@ def check_same(output: Path, expected: Path) -> None:
     for name in ("loss", "val_loss"):
         theirs = [row[name] for row in metrics(expected) if name in row]
         assert [row[name] for row in metrics(output) if name in row] == pytest.approx(theirs, abs=SAME_LOSS, rel=0)
+    ours, theirs = (json.loads((folder / "run.json").read_text())["parameters"] for folder in (output, expected))
+    assert ours == theirs > 0
     assert [row["d"] for row in metrics(output)] == pytest.approx([row["d"] for row in metrics(expected)], rel=1e-6)
 
 
 def test_stage_3_has_the_losses_and_the_picture_of_one_process(single: Path, tmp_path: Path) -> None:
     printed = train(TWO_RANKS, *ZERO, "--steps", str(STEPS), "--output", str(tmp_path))
     check_same(tmp_path, single)
-    assert str(tmp_path / "training.png") in printed
+    assert str(tmp_path / "training.png") in printed and "Warning" not in printed
     assert imread(tmp_path / "training.png").shape == imread(single / "training.png").shape
 
 
