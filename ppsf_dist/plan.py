@@ -22,6 +22,9 @@ from ppsf_dist.work import plan_work, sample_count, sample_indices
 
 State = dict[Tensor, dict[str, Any]]
 
+DTYPES = ("torch.float32", "torch.bfloat16", "torch.float64")
+"""Of weights. The arithmetic is fp32."""
+
 
 def settings_of(switches: Switches) -> tuple[tuple[str, object], ...]:
     """A group's switches in a form that ranks can compare."""
@@ -42,6 +45,9 @@ class Plan:
         host: what the host may read when.
         state: the optimizer's state, completed in place.
         signature: what this plan was built from.
+
+    Raises:
+        ValueError: weights have a dtype that is not allowed, or ranks have other parameters or arguments than others.
     """
 
     def __init__(
@@ -58,6 +64,13 @@ class Plan:
         self.signature, self.team, self.host, self.shards = signature, team, host, list(shards)
         table = agree_on_slots(shards, groups_of, identities, [settings_of(s) for s in switches], team)
         self.slots, self.slot_of_shard = table.slots, table.of_shard
+        for slot in table.slots:
+            if slot.dtype not in DTYPES:
+                raise ValueError(
+                    f"a parameter of shape {slot.shape} in group {slot.group} is {slot.dtype}: weights may be "
+                    f"{', '.join(DTYPES)}. In fp16 second moments vanish; keep the weights in fp32 and compute in fp16 "
+                    "under torch.autocast, or use bfloat16"
+                )
         device = shards[0].weights().device
         factored = []
         for slot in table.slots:

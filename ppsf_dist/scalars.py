@@ -161,7 +161,9 @@ class Traits:
             return torch.tensor(values, dtype=torch.bool, device=device)
 
         of_slot = [switches[slot.group] for slot in table.slots]
-        low = [slot.dtype in ("torch.bfloat16", "torch.float16") for slot in table.slots]
+        # What the reference sums in bf16 comes out rounded: its samples s of fp32 weights, and all of bf16 weights.
+        bf16 = [slot.dtype == "torch.bfloat16" for slot in table.slots]
+        s_in_bf16 = [slot.dtype in ("torch.bfloat16", "torch.float32") for slot in table.slots]
         groups = torch.tensor([slot.group for slot in table.slots], dtype=torch.int64)
         sizes = [float(torch.Size(slot.shape).numel()) for slot in table.slots]
         membership = torch.zeros(len(switches), len(of_slot), dtype=torch.float64)
@@ -180,8 +182,8 @@ class Traits:
             statistics=flags([s.statistics for s in of_slot]),
             focus_fixed=flags([s.focus and not s.quirks for s in of_slot]),
             momentum_of_d=flags([not (s.adopt and not s.quirks) for s in of_slot]),
-            rounds_samples=flags([bits and s.quirks for bits, s in zip(low, of_slot, strict=True)]),
-            rounds_s=flags([s.quirks for s in of_slot]),
+            rounds_samples=flags([rounds and s.quirks for rounds, s in zip(bf16, of_slot, strict=True)]),
+            rounds_s=flags([rounds and s.quirks for rounds, s in zip(s_in_bf16, of_slot, strict=True)]),
             identity=torch.tensor([slot.identity for slot in table.slots], device=device),
             any_adopt=any(s.adopt for s in of_slot),
         )

@@ -254,3 +254,13 @@ def test_partial_parameters_are_refused() -> None:
 def test_arguments_of_the_optimizer_alone(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name}={value!r} is out of range"):
         ProdigyPlusScheduleFree([torch.nn.Parameter(torch.ones(2))], **{name: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.complex64])
+def test_weights_that_cannot_be_stepped_are_refused(dtype: torch.dtype) -> None:
+    weights = nn.Parameter(torch.ones(3, 2, dtype=dtype))
+    weights.grad = torch.ones_like(weights)
+    optimizer = ProdigyPlusScheduleFree([parameter(), weights])
+    with pytest.raises(ValueError, match=rf"shape \(3, 2\) in group 0 is {dtype}.*torch.autocast"):
+        optimizer.step()
+    assert not optimizer.state and bool((weights == 1).all())

@@ -86,6 +86,24 @@ def test_each_step_is_the_references(name: str) -> None:
                     assert torch.equal(mine["p0"], expected.expand_as(mine["p0"])), (step, key, entry)
 
 
+@pytest.mark.parametrize("name", ["default", "speed"])
+def test_fp64_weights_have_the_references_numbers(name: str) -> None:
+    """Sums are rounded to bf16 only where the reference keeps the samples in it."""
+    switch = REFERENCE[name]
+    ours, theirs = (parameters(SHAPES, torch.float64) for _ in range(2))
+    optimizer, reference = make_optimizer(ours, **switch), make_reference(theirs, **switch)
+    for gradients in gradient_sequence(SHAPES, 10, dtype=torch.float64):
+        give(ours, gradients)
+        give(theirs, gradients)
+        optimizer.step()
+        quiet_step(reference)
+        (a,), (b,) = optimizer.param_groups, reference.param_groups
+        assert [a[key] for key in NUMBERS] == pytest.approx([b[key] for key in NUMBERS], rel=1e-6)
+    for key, p in theirs.items():
+        # Our arithmetic is fp32 whatever the weights.
+        assert close(ours[key].float(), p.detach().float(), relative=1e-5), key
+
+
 @pytest.mark.parametrize("name", REFERENCE)
 def test_a_run_is_the_references(name: str) -> None:
     """Open loop: the same fixed gradients into both."""
