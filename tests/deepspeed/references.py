@@ -71,6 +71,8 @@ def check(runs: list[Run], reference: Run, allowed: dict[str, float] | None = No
     bound = {"d": 1e-6, "weights": 1e-5} if allowed is None else allowed
     assert apart["d"] <= bound["d"] and apart["weights"] <= bound["weights"], (apart, bound)
     if allowed is None:
+        for name, value in reference.weights.items():
+            assert float((run.weights[name] - value).abs().max()) <= 1e-6 * float(value.abs().max()), name
         for name in ("d_numerator", "d_denom"):
             ours, theirs = run.numbers(name), reference.numbers(name)
             worst = max(abs(a - b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True))

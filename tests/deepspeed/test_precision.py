@@ -77,10 +77,11 @@ def run_in_fp16(stage: int, overflow_at: int) -> tuple[Run, int]:
     return run_, skipped
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_fp16_with_a_dynamic_loss_scale(stage: int) -> None:
-    results = run(2, run_in_fp16, stage, 4)
-    assert [skipped for _, skipped in results] == [1, 1]
+def test_fp16_with_a_dynamic_loss_scale(stage: int, ranks: int) -> None:
+    results = run(ranks, run_in_fp16, stage, 4)
+    assert [skipped for _, skipped in results] == [1] * ranks
     check([run_ for run_, _ in results], single_without(torch.float16, skip=4))
 
 
