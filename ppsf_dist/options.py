@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+_AN_ORDINARY_LEARNING_RATE = 0.01
+
 ARGUMENTS: dict[str, Any] = {
     "lr": 1.0,
     "betas": (0.9, 0.99),
@@ -123,6 +125,12 @@ def _settle(group: MutableMapping[str, Any]) -> None:
         group[name] = False
         warnings.warn(f"{name}=True has no effect and is switched off: {reason}", UserWarning, stacklevel=5)
 
+    if 0 < group["lr"] <= _AN_ORDINARY_LEARNING_RATE:
+        warnings.warn(
+            f"lr={group['lr']} looks like the learning rate of another optimizer: here it multiplies the step size d "
+            "that this one finds, so leave it at 1.0",
+            stacklevel=4,
+        )
     if group["use_cautious"] and group["use_grams"]:
         off("use_grams", "use_cautious=True decides the mask")
     if group["use_focus"] and group["factored"]:

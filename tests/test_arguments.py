@@ -138,6 +138,7 @@ def test_decouple_lr_is_a_former_name(value: bool) -> None:
         ({"betas": (0.0, 0.99)}, r"betas\[0\]=0", {}),
         ({"use_bias_correction": True, "betas": (0.9, 0.6)}, r"betas\[1\]=0.6 <= 0.6 never moves", {}),
         ({"d_coef": 0.5}, "d can never grow", {}),
+        ({"lr": 3e-4}, "lr=0.0003 .* leave it at 1.0", {}),
     ],
 )
 def test_what_has_no_effect_is_said(switches: dict[str, Any], says: str, settled: dict[str, bool]) -> None:

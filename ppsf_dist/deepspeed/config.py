@@ -27,8 +27,15 @@ def build(params: Iterable[Any], **arguments: Any) -> ProdigyPlusScheduleFree:
         arguments: ``optimizer.params`` of the config.
 
     Raises:
-        ValueError: the config asks for what cannot work, or an argument is out of range.
+        ValueError: the config asks for what cannot work, or an argument is unknown or out of range.
     """
+    allowed = [name for name in inspect.signature(ProdigyPlusScheduleFree).parameters if name != "params"]
+    for name, value in arguments.items():
+        if name not in allowed:
+            raise ValueError(
+                f"optimizer.params.{name}={value!r} of the DeepSpeed config is no argument of ProdigyPlusScheduleFree: "
+                f"leave it out; there are {', '.join(allowed)}"
+            )
     check_calling_engine(averages=arguments.get("use_schedulefree", True))
     return ProdigyPlusScheduleFree(params, **arguments)
 

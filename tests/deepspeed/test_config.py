@@ -36,6 +36,11 @@ def test_the_name_stands_for_the_optimizer() -> None:
     assert optimizer.param_groups[0]["betas"] == (0.95, 0.99) and optimizer.param_groups[0]["d_coef"] == 2.0
 
 
+def test_arguments_that_there_are_not_are_named() -> None:
+    with pytest.raises(ValueError, match=r"optimizer.params.adam_w_mode=True .* leave it out; there are lr, betas"):
+        getattr(torch.optim, OPTIMIZER["type"])([torch.nn.Parameter(torch.ones(3))], adam_w_mode=True)  # type: ignore[call-overload]
+
+
 def zero(**settings: Any) -> dict[str, Any]:
     return {"zero_optimization": settings}
 
