@@ -132,6 +132,11 @@ def _refusals(config: Config, *, averages: bool) -> Iterator[str]:
             "fp16.enabled=true at zero_optimization.stage=0 makes DeepSpeed (0.19) divide the gradients by a loss "
             "scale that it has not multiplied the loss with: set zero_optimization.stage to 1, or fp16.loss_scale to 1"
         )
+    if _at(config, "optimizer.params.fused_back_pass", False):
+        yield (
+            "optimizer.params.fused_back_pass=true steps parameters in the backward pass, where DeepSpeed has not yet "
+            "reduced their gradients: leave it out"
+        )
     if _at(config, "tensor_parallel.autotp_size", 1) > 1:
         yield (
             "tensor_parallel.autotp_size > 1 hides the shapes of the parameters: set it to 1 and shard by ZeRO alone, "

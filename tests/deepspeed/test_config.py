@@ -56,6 +56,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "round_robin_gradients=true",
     ),
     "fp16_without_zero": ({"fp16": {"enabled": True}}, "fp16.enabled=true"),
+    "fused_back_pass": ({"optimizer": {"params": {"fused_back_pass": True}}}, "fused_back_pass=true"),
     "tensor_parallel": ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size"),
 }
 
