@@ -28,7 +28,8 @@ def table(settings: Settings, optimizer: ProdigyPlusScheduleFree) -> str:
     frozen = 0 < group["prodigy_steps"] <= group["k"]
     switches = Switches.of(group, statistics=not frozen)
     world_size = settings.world_size or 1
-    names = [settings.strategy] if settings.strategy else ["single", "ddp", "fsdp"]
+    names = [settings.strategy] if settings.strategy else ["single", "ddp", "fsdp", "deepspeed"]
+    names = [f"zero{settings.zero_stage}" if name == "deepspeed" else name for name in names]
     forecasts = [forecast(parameters, switches, name, world_size) for name in names]
     if settings.shards:
         forecasts.append(forecast(parameters, switches, "hsdp", world_size, settings.shards))

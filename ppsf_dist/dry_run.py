@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import torch
 
@@ -14,9 +16,14 @@ from ppsf_dist.algorithm.step_size import SLICE, statistics_dtype
 from ppsf_dist.kernels.interface import Stat
 from ppsf_dist.options import Switches
 from ppsf_dist.scalars import GROUP_NUMBERS, PARAMETER_NUMBERS
+from ppsf_dist.sharding import flat_range
 from ppsf_dist.sharding.geometry import Shape
 
-STRATEGIES = ("single", "ddp", "fsdp", "hsdp")
+STRATEGIES = ("single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
+ZERO_SUB_GROUP = 10**9
+"""Elements of a rank that DeepSpeed steps at a time at stage 3, its default ``sub_group_size``."""
+ZERO_ALIGNMENT = 2
+"""DeepSpeed's partitions of stages 1 and 2 are a multiple of this many elements."""
 
 _FP64, _FP32, _INT64, _BOOL = 8, 4, 8, 1
 
@@ -27,7 +34,8 @@ class Share:
 
     Attributes:
         elements: of parameters.
-        weights, gradients: their bytes.
+        weights, gradients: their bytes. Under ZeRO the weights of the model and the fp32 ones of this rank; of the
+            gradients what is left of them after a backward pass.
         averages: z of Schedule-Free, or momentum without it.
         second_moments: of parameters that are not factored.
         samples: p0 and s of Prodigy.
@@ -92,7 +100,8 @@ def forecast(
         parameters: shape and dtype of each trainable parameter.
         switches: of the group.
         strategy: "single" (one rank, whatever ``world_size`` says), "ddp" (whole on every rank), "fsdp" (rows cut as
-            ``fully_shard`` cuts them) or "hsdp" (the same over ``shards`` ranks, repeated).
+            ``fully_shard`` cuts them), "hsdp" (the same over ``shards`` ranks, repeated), or "zero1" to "zero3" (cut at
+            any element as DeepSpeed cuts them).
         world_size: number of ranks.
         shards: ranks over which "hsdp" cuts.
 
@@ -106,17 +115,24 @@ def forecast(
         raise ValueError(f"world_size={world_size} is too small: 1 or more is allowed")
     if strategy == "hsdp" and (shards is None or shards < 1 or world_size % shards):
         raise ValueError(f"shards={shards} must divide world_size={world_size} for hsdp: give one of its divisors")
+    listed: _Parameters = [(tuple(shape), dtype) for shape, dtype in parameters]
+    # Layers repeat: each distinct parameter is looked at once.
+    count = Counter(listed)
+    whole = _whole(count, switches)
+    divided = strategy not in ("single", "ddp") and world_size > 1
+    if strategy.startswith("zero"):
+        shares = _zero_shares(listed, switches, whole, int(strategy[-1]), world_size)
+        sub_groups = _sub_groups(listed, world_size) if strategy == "zero3" else [count]
+        reductions = tuple(size for part in sub_groups for size in _reductions(part, switches))
+        return Forecast(strategy, tuple(shares), reductions if divided else ())
     pieces = {"fsdp": world_size, "hsdp": shards or 1}.get(strategy, 1)
     copies = 1 if strategy == "single" else world_size // pieces
     name = f"hsdp {copies}x{pieces}" if strategy == "hsdp" else strategy
-    # Layers repeat: each distinct parameter is looked at once.
-    count = Counter((tuple(shape), dtype) for shape, dtype in parameters)
-    whole = _whole(count, switches)
-    one_copy = [_share(count, switches, whole, rank, pieces) for rank in range(pieces)]
-    divided = strategy in ("fsdp", "hsdp") and world_size > 1
+    one_copy = [_share(_rows_of_all(count, rank, pieces), switches, whole) for rank in range(pieces)]
     return Forecast(name, tuple(one_copy * copies), _reductions(count, switches) if divided else ())
 
 
+_Parameters = list[tuple[Shape, torch.dtype]]
 _Count = Counter[tuple[Shape, torch.dtype]]
 
 
@@ -153,27 +169,40 @@ def _whole(count: _Count, switches: Switches) -> Share:
     return Share(factored=_FP32 * length, numbers=numbers, indices=indices)
 
 
-def _share(count: _Count, switches: Switches, whole: Share, rank: int, pieces: int) -> Share:
-    elements = weights = averages = second_moments = samples = indices = 0
-    for (shape, dtype), n in count.items():
-        local, first = _rows_of(shape, rank, pieces)
-        numel, axes = math.prod(local), _factoring(shape, switches)
-        elements += n * numel
-        weights += n * numel * dtype.itemsize
-        averages += n * numel * dtype.itemsize
+@dataclass(frozen=True)
+class _Slice:
+    """A range of a flattened parameter on one rank, and how many parameters have the same."""
+
+    shape: Shape
+    dtype: torch.dtype
+    start: int
+    numel: int
+    count: int = 1
+
+
+def _share(slices: Iterable[_Slice], switches: Switches, whole: Share) -> Share:
+    """What a rank holds that steps these slices as they are, in their own dtype."""
+    elements = weights = second_moments = samples = indices = 0
+    for one in slices:
+        size = one.count * one.numel * one.dtype.itemsize
+        elements += one.count * one.numel
+        weights += size
+        axes = _factoring(one.shape, switches)
         if axes is None:
-            second_moments += n * numel * dtype.itemsize
-        elif numel:
-            indices += n * _INT64 * (numel // local[axes.dr] + numel // local[axes.dc])
+            second_moments += size
+        else:
+            boxes = flat_range(one.shape, one.start, one.numel)
+            lines = sum(box.numel // box.size[axes.dr] + box.numel // box.size[axes.dc] for box in boxes)
+            indices += one.count * _INT64 * lines
         if switches.statistics:
             kept = 1 if switches.speed else 2
-            stored = statistics_dtype(dtype, quirks=switches.quirks).itemsize
-            samples += n * kept * len(range(-first % SLICE, numel, SLICE)) * stored
+            stored = statistics_dtype(one.dtype, quirks=switches.quirks).itemsize
+            samples += one.count * kept * len(range(-one.start % SLICE, one.numel, SLICE)) * stored
     return Share(
         elements=elements,
         weights=weights,
         gradients=weights,
-        averages=averages,
+        averages=weights,
         second_moments=second_moments,
         samples=samples,
         factored=whole.factored,
@@ -182,16 +211,77 @@ def _share(count: _Count, switches: Switches, whole: Share, rank: int, pieces: i
     )
 
 
-def _rows_of(shape: Shape, rank: int, pieces: int) -> tuple[Shape, int]:
-    """The local shape on a rank, cut as ``torch.chunk`` cuts, and the place of its first element in the parameter."""
+def _rows_of_all(count: _Count, rank: int, pieces: int) -> Iterator[_Slice]:
+    for (shape, dtype), n in count.items():
+        yield _Slice(shape, dtype, *_rows_of(shape, rank, pieces), n)
+
+
+def _rows_of(shape: Shape, rank: int, pieces: int) -> tuple[int, int]:
+    """Where the rows of a rank begin in the flattened parameter, cut as ``torch.chunk`` cuts, and their elements."""
     if pieces == 1:
-        return shape, 0
+        return 0, math.prod(shape)
     if not shape:
         raise ValueError("a parameter without dimensions cannot be cut into rows: give it the shape (1,)")
-    chunk = -(-shape[0] // pieces)
+    chunk, row = -(-shape[0] // pieces), math.prod(shape[1:])
     start = min(rank * chunk, shape[0])
-    stop = min(start + chunk, shape[0])
-    return (stop - start, *shape[1:]), start * math.prod(shape[1:])
+    return start * row, (min(start + chunk, shape[0]) - start) * row
+
+
+def _zero_shares(
+    parameters: _Parameters, switches: Switches, whole: Share, stage: int, world_size: int
+) -> Iterator[Share]:
+    """What each rank holds under ZeRO, which steps fp32 weights beside those of the model."""
+    total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in parameters)
+    for slices in _slices_of_stage_3(parameters, world_size) if stage == 3 else _partitions(parameters, world_size):
+        own = _share((replace(one, dtype=torch.float32) for one in slices), switches, whole)
+        in_model = sum(one.count * one.numel * one.dtype.itemsize for one in slices)
+        yield replace(
+            own,
+            weights=(in_model if stage == 3 else total) + own.weights,
+            gradients=total if stage == 1 else in_model,
+        )
+
+
+def _partitions(parameters: _Parameters, world_size: int) -> Iterator[list[_Slice]]:
+    """The slices of each rank where all parameters lie in one flat tensor that is cut into equal parts."""
+    starts = list(accumulate((math.prod(shape) for shape, _ in parameters), initial=0))
+    unit = ZERO_ALIGNMENT * world_size
+    length = -(-starts[-1] // unit) * unit // world_size
+    for rank in range(world_size):
+        begin, end = rank * length, min((rank + 1) * length, starts[-1])
+        slices = []
+        for index in range(max(0, bisect_right(starts, begin) - 1), len(parameters)):
+            first, last = max(begin, starts[index]), min(end, starts[index + 1])
+            if starts[index] >= end:
+                break
+            if last > first:
+                slices.append(_Slice(*parameters[index], first - starts[index], last - first))
+        yield slices
+
+
+def _slices_of_stage_3(parameters: _Parameters, world_size: int) -> Iterator[list[_Slice]]:
+    """The slices of each rank where every parameter is cut into equal parts."""
+    count = Counter(parameters)
+    for rank in range(world_size):
+        slices = []
+        for (shape, dtype), n in count.items():
+            numel = math.prod(shape)
+            part = -(-numel // world_size)
+            start = min(rank * part, numel)
+            slices.append(_Slice(shape, dtype, start, min(part, numel - start), n))
+        yield slices
+
+
+def _sub_groups(parameters: _Parameters, world_size: int) -> list[_Count]:
+    """The parameters that DeepSpeed steps together at stage 3: whole ones, until a rank has enough elements of them."""
+    groups, elements = [Counter[tuple[Shape, torch.dtype]]()], 0
+    for shape, dtype in parameters:
+        if elements >= ZERO_SUB_GROUP:
+            groups.append(Counter())
+            elements = 0
+        groups[-1][shape, dtype] += 1
+        elements += -(-math.prod(shape) // world_size)
+    return groups
 
 
 def _reductions(count: _Count, switches: Switches) -> tuple[int, ...]:

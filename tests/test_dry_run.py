@@ -52,6 +52,15 @@ def size(tensors: Any) -> int:
 def held(model: nn.Module, optimizer: ProdigyPlusScheduleFree) -> Share:
     """What this process holds, from the tensors that are there."""
     parameters = [p for p in model.parameters() if p.grad is not None]
+    return replace(
+        held_as_state(optimizer, parameters),
+        elements=sum(local(p).numel() for p in parameters),
+        weights=size(local(p) for p in parameters),
+        gradients=size(local(p.grad) for p in parameters if p.grad is not None),
+    )
+
+
+def held_as_state(optimizer: ProdigyPlusScheduleFree, parameters: list[nn.Parameter]) -> Share:
     (plan,) = optimizer._plans.values()
     assert optimizer._numbers is not None
 
@@ -63,9 +72,6 @@ def held(model: nn.Module, optimizer: ProdigyPlusScheduleFree) -> Share:
     factored = state("exp_avg_sq_row", "exp_avg_sq_col")
     assert factored == plan.moments.values.nbytes
     return Share(
-        elements=sum(local(p).numel() for p in parameters),
-        weights=size(local(p) for p in parameters),
-        gradients=size(local(p.grad) for p in parameters if p.grad is not None),
         averages=state("z", "exp_avg"),
         second_moments=state("exp_avg_sq"),
         samples=state("p0", "s"),
@@ -141,7 +147,7 @@ def test_seventy_billion_parameters_on_a_thousand_ranks_take_no_time() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("zero9", 2), "strategy='zero9' cannot be forecast: allowed are single, ddp, fsdp, hsdp"),
+        (("zero9", 2), "strategy='zero9' cannot be forecast: allowed are single, ddp, fsdp, hsdp, zero1"),
         (("fsdp", 0), "world_size=0 is too small"),
         (("hsdp", 4), "shards=None must divide world_size=4"),
         (("hsdp", 4, 3), "shards=3 must divide world_size=4"),
