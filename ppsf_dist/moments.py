@@ -78,8 +78,8 @@ class FactoredMoments:
         self.values = torch.zeros(start, dtype=torch.float32, device=device)
         self.slot_of = joined(slot_of, torch.int64)
         self._inverse_n = joined(inverse_n, torch.float32)
-        low = joined(low_precision, torch.bool)
-        self._low_precision = low if start and bool(low.any()) else None
+        any_low = any(slot is not None and slot[2] == torch.bfloat16 for slot in slots)
+        self._low_precision = joined(low_precision, torch.bool) if any_low else None
         self._rows = joined(row_index, torch.int64)
         self._own_mean = joined(own_mean, torch.bool)
         self._cell_of = joined(cell_of, torch.int64)

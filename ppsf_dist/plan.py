@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppsf_dist.algorithm.second_moment import factoring
-from ppsf_dist.algorithm.step_size import statistics_dtype
+from ppsf_dist.algorithm.step_size import SLICE, statistics_dtype
 from ppsf_dist.host import HostAccess
 from ppsf_dist.kernels.interface import Stat
 from ppsf_dist.moments import FactoredMoments
@@ -214,7 +214,10 @@ class Plan:
 def samples_of(shard: Shard, local: Tensor) -> Tensor:
     """Every 11th element of the logical parameter, as far as it lies in this shard."""
     parts = [
-        view.reshape(-1)[sample_indices(box).to(local.device)]
+        # Of what lies evenly no index has to reach the device.
+        view.reshape(-1)[-box.flat_start % SLICE :: SLICE]
+        if box.is_flat
+        else view.reshape(-1)[sample_indices(box).to(local.device)]
         for box, view in zip(shard.boxes, shard.views(local), strict=True)
     ]
     return torch.cat(parts) if parts else local.new_empty(0)

@@ -1,0 +1,137 @@
+"""A step on a device that is not the host's: the meta device stands in for an accelerator.
+
+It has no values, so a read of one raises, and everything that a step makes on the host by mistake is seen where it
+meets a tensor of the device.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ppsf_dist import ProdigyPlusScheduleFree, clip_grad_norm_
+from ppsf_dist.host import PendingCopy
+from tests.harness.models import NamedShapes, named_shapes
+from tests.switches import EVERY, Switch
+
+DEVICE = torch.device("meta")
+SHAPES = named_shapes("small")
+COPIES = ("aten::copy_", "aten::_to_copy")
+STEPS = 3
+
+
+class DeviceOnly(TorchDispatchMode):
+    """Collects operators that use tensors of the host and of the device together, and copies from host to device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixed: list[str] = []
+        self.uploads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        returned = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+        # Numbers as tensors may lie on the host anywhere.
+        host = [value for value in given if value.device != DEVICE and value.dim()]
+        on_device = any(value.device == DEVICE for value in given + returned)
+        if host and on_device:
+            if func.name().split(".")[0] in COPIES:
+                self.uploads += 1
+            else:
+                self.mixed.append(func.name())
+        return result
+
+
+@pytest.fixture(autouse=True)
+def _published_numbers_never_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device has no values to copy to the host; the copy does not wait, so a step must go on without it."""
+
+    def start(self: PendingCopy, values: torch.Tensor, *, wants_event: bool) -> None:
+        pass
+
+    monkeypatch.setattr(PendingCopy, "__init__", start)
+    monkeypatch.setattr(PendingCopy, "take", lambda self: None)
+
+
+def build(
+    shapes: NamedShapes, dtype: torch.dtype, switch: Switch
+) -> tuple[list[nn.Parameter], ProdigyPlusScheduleFree]:
+    parameters = [nn.Parameter(torch.empty(shape, dtype=dtype, device=DEVICE)) for _, shape in shapes]
+    groups = [{"params": parameters[index::2]} for index in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return parameters, ProdigyPlusScheduleFree(groups, **switch)
+
+
+# The plan for frozen statistics is another one, and writing the numbers of the first back to the state reads them once.
+WITHOUT_REPLANNING = {name: switch for name, switch in EVERY.items() if not 0 < switch.get("prodigy_steps", 0) < STEPS}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", WITHOUT_REPLANNING)
+def test_a_step_stays_on_the_device(name: str, dtype: torch.dtype) -> None:
+    parameters, optimizer = build(SHAPES, dtype, EVERY[name])
+    for step in range(STEPS):
+        for index, parameter in enumerate(parameters):
+            # One of them never has a gradient, one only later.
+            missing = index == 1 or (index == 2 and not step)
+            parameter.grad = None if missing else torch.empty_like(parameter)
+        with DeviceOnly() as seen:
+            optimizer.step()
+        assert not seen.mixed
+    assert not seen.uploads, "what never changes is sent to the device once"
+    assert all(
+        value.device == DEVICE
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_of_single_parameters_stay_on_the_device(dtype: torch.dtype) -> None:
+    parameters, optimizer = build(SHAPES, dtype, {"fused_back_pass": True})
+    for step in range(STEPS):
+        with DeviceOnly() as seen:
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter)
+                optimizer.step_param(parameter)
+                parameter.grad = None
+            optimizer.step()
+        assert not seen.mixed and (not step or not seen.uploads)
+
+
+def test_clipping_stays_on_the_device() -> None:
+    parameters, _ = build(SHAPES, torch.float32, {})
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    with DeviceOnly() as seen:
+        norm = clip_grad_norm_(parameters, 1.0)
+    assert not seen.mixed and norm.device == DEVICE
+
+
+def test_a_changed_argument_is_sent_to_the_device() -> None:
+    parameters, optimizer = build(SHAPES, torch.float32, {})
+    uploads = []
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = 1.0 if step < STEPS - 1 else 0.5
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        with DeviceOnly() as seen:
+            optimizer.step()
+        uploads.append(seen.uploads)
+    assert uploads[-2:] == [0, 1]
+
+
+def test_mixing_and_uploads_are_seen() -> None:
+    with DeviceOnly() as seen:
+        torch.empty(3, 2, device=DEVICE).index_select(0, torch.zeros(1, dtype=torch.int64))
+        torch.ones(2).to(DEVICE)
+    assert seen.mixed == ["aten::index_select"] and seen.uploads == 1
