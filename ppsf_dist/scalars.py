@@ -134,7 +134,10 @@ class GroupNumbers:
 
 @dataclass
 class Traits:
-    """What never changes about the parameters of a plan, as vectors over slots on the device."""
+    """What never changes about the parameters of a plan, as vectors over slots on the device.
+
+    The flags say what no parameter needs, so that nothing is computed for it.
+    """
 
     group_of: Tensor
     membership: Tensor
@@ -152,6 +155,10 @@ class Traits:
     rounds_s: Tensor
     identity: Tensor
     any_adopt: bool
+    any_orthograd: bool
+    any_mask: bool
+    any_speed: bool
+    any_random: bool
 
     @classmethod
     def of(cls, table: SlotTable, switches: Sequence[Switches], device: torch.device) -> Traits:
@@ -186,6 +193,10 @@ class Traits:
             rounds_s=flags([rounds and s.quirks for rounds, s in zip(s_in_bf16, of_slot, strict=True)]),
             identity=torch.tensor([slot.identity for slot in table.slots], device=device),
             any_adopt=any(s.adopt for s in of_slot),
+            any_orthograd=any(s.orthograd for s in of_slot),
+            any_mask=any(s.counts_mask_early or s.counts_mask_late for s in of_slot),
+            any_speed=any(s.speed for s in of_slot),
+            any_random=any(rounds and s.stochastic_rounding for rounds, s in zip(bf16, of_slot, strict=True)),
         )
 
 
@@ -264,7 +275,9 @@ class PartNumbers:
         self._step, self._parameters, self._traits = step, parameters, traits
         self._updates = parameters[PARAMETER_NUMBERS.index("step")]
         self.coefficients = self._coefficients()
-        self.keys = rounding.keys(step.seed, self._updates.long(), traits.identity)
+        self.keys = traits.identity
+        if traits.any_random:
+            self.keys = rounding.keys(step.seed, self._updates.long(), traits.identity)
 
     def _coefficients(self) -> Tensor:
         """The table of :class:`Coefficients`, fp32."""
@@ -310,16 +323,18 @@ class PartNumbers:
         """The table of :class:`Scales` (fp32) from the sums of all ranks."""
         t = self._traits
         one = torch.ones_like(t.numel)
-        gain = torch.where(t.gain_is_d, self.coefficients[0].double(), one)
-        mask = torch.where(t.early_mask, direction.mask_scale(stats[:, Stat.EARLY_MASK], t.numel), one)
-        factor = gain * mask
+        late = one
+        factor = torch.where(t.gain_is_d, self.coefficients[0].double(), one)
+        if t.any_mask:
+            factor = factor * torch.where(t.early_mask, direction.mask_scale(stats[:, Stat.EARLY_MASK], t.numel), one)
+            late = torch.where(t.late_mask, direction.mask_scale(stats[:, Stat.LATE_MASK], t.numel), one)
         uu = stats[:, Stat.UU] * factor * factor
-        keep, pull = direction.orthogonal_scales(uu, stats[:, Stat.WW], stats[:, Stat.WU] * factor, t.numel)
-        keep, pull = torch.where(t.orthograd, keep, one), torch.where(t.orthograd, pull, torch.zeros_like(one))
         rms = torch.where(t.stableadamw, direction.soft_rms_scale(uu, t.numel), one)
-        late = torch.where(t.late_mask, direction.mask_scale(stats[:, Stat.LATE_MASK], t.numel), one)
-        amount = rms * keep * factor
-        rows = Scales(amount=amount, pull=rms * pull, mask=late, advance=amount * self._step.delta[t.group_of])
+        amount, pull = rms * factor, torch.zeros_like(one)
+        if t.any_orthograd:
+            keep, along = direction.orthogonal_scales(uu, stats[:, Stat.WW], stats[:, Stat.WU] * factor, t.numel)
+            amount, pull = torch.where(t.orthograd, amount * keep, amount), torch.where(t.orthograd, rms * along, pull)
+        rows = Scales(amount=amount, pull=pull, mask=late, advance=amount * self._step.delta[t.group_of])
         return torch.stack(rows).float()
 
     def gates(self, stats: Tensor, host: HostAccess) -> Gates:
@@ -347,26 +362,27 @@ class PartNumbers:
     def _contributions(self, stats: Tensor, counted: Tensor, gates: Gates) -> tuple[Tensor, Tensor]:
         """Each parameter's share in the numerator and denominator of its group."""
         t, h = self._traits, self._step.hyper
-        speed = (h["use_speed"] > 0)[t.group_of]
         weight = step_size.prodigy_weight(self._step.d, h["d0"])[t.group_of]
 
         def as_stored(sums: Tensor, rounds: Tensor) -> Tensor:
             return torch.where(rounds, sums.bfloat16().double(), sums)
 
+        zero = torch.zeros_like(stats[:, Stat.DOT])
         dot = as_stored(stats[:, Stat.DOT], t.rounds_samples)
-        prodigy_denominator = as_stored(stats[:, Stat.S_L1], t.rounds_s)
-        state, speed_numerator, speed_denominator = step_size.speed_contribution(
-            SpeedState(*self._parameters[1:]),
-            dot,
-            as_stored(stats[:, Stat.DELTA_L1], t.rounds_samples),
-            as_stored(stats[:, Stat.DELTA_SQUARE].sqrt(), t.rounds_samples),
-            self._step.k[t.group_of],
-            weight,
-        )
-        remembers = counted & speed & gates.weights
-        for row, value in zip(self._parameters[1:], vars(state).values(), strict=True):
-            row.copy_(torch.where(remembers, value, row))
-        zero = torch.zeros_like(dot)
-        numerator = torch.where(counted, torch.where(speed, speed_numerator, weight * dot), zero)
-        denominator = torch.where(counted, torch.where(speed, speed_denominator, prodigy_denominator), zero)
-        return numerator, denominator
+        numerator, denominator = weight * dot, as_stored(stats[:, Stat.S_L1], t.rounds_s)
+        if t.any_speed:
+            speed = (h["use_speed"] > 0)[t.group_of]
+            state, speed_numerator, speed_denominator = step_size.speed_contribution(
+                SpeedState(*self._parameters[1:]),
+                dot,
+                as_stored(stats[:, Stat.DELTA_L1], t.rounds_samples),
+                as_stored(stats[:, Stat.DELTA_SQUARE].sqrt(), t.rounds_samples),
+                self._step.k[t.group_of],
+                weight,
+            )
+            remembers = counted & speed & gates.weights
+            for row, value in zip(self._parameters[1:], vars(state).values(), strict=True):
+                row.copy_(torch.where(remembers, value, row))
+            numerator = torch.where(speed, speed_numerator, numerator)
+            denominator = torch.where(speed, speed_denominator, denominator)
+        return torch.where(counted, numerator, zero), torch.where(counted, denominator, zero)
