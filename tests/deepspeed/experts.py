@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,10 +51,11 @@ def share_of(name: str) -> float:
     return float(ranks) if rank >= ranks - copies else 0.0
 
 
-def run_mixture(steps: int, settings: dict[str, Any], dtype: torch.dtype) -> Run:
-    """Train on given gradients; the weights are those of this rank."""
+def make_mixture(settings: dict[str, Any], dtype: torch.dtype) -> Any:
+    """The engine of a mixture."""
     deepspeed = deepspeed_on_cpu()
     from deepspeed.moe.layer import MoE
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
     weights = initial_weights(SHAPES, dtype=dtype)
     moe = MoE(33, nn.Linear(33, 35), num_experts=EXPERTS, ep_size=EXPERTS)
@@ -62,22 +64,45 @@ def run_mixture(steps: int, settings: dict[str, Any], dtype: torch.dtype) -> Run
     experts = [param for name, param in model.named.items() if name.startswith("expert")]
     settings = {**settings, "optimizer": {"type": "ProdigyPlusScheduleFree", "params": {"d0": D0}}}
     group = {"params": named + experts, "name": "dense"}
-    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engine, *_ = deepspeed.initialize(
             model=model, model_parameters=split_params_into_different_moe_groups_for_optimizer(group), config=settings
         )
-    names = {id(param): name for name, param in model.named.items()}
+    return engine
+
+
+def train_mixture(engine: Any, dtype: torch.dtype, first: int, last: int) -> Run:
+    """Train on given gradients; the weights are those of this rank."""
     run = Run({}, {}, {})
-    for gradients in gradients_for(SHAPES, steps, dtype):
-        engine.backward(engine({name: g * share_of(name) for name, g in gradients.items()}))
-        engine.step()
-        run.groups.append(numbers(engine.basic_optimizer))
+    for step, gradients in enumerate(gradients_for(SHAPES, last, dtype)):
+        if step >= first:
+            engine.backward(engine({name: g * share_of(name) for name, g in gradients.items()}))
+            engine.step()
+            run.groups.append(numbers(engine.basic_optimizer))
+    names = {id(param): name for name, param in engine.module.named.items()}
     parameters = dict(engine.module.named_parameters())
     run.weights = {names[id(parameters[name])]: value for name, value in full_weights(engine).items()}
+    return run
+
+
+def run_mixture(steps: int, settings: dict[str, Any], dtype: torch.dtype) -> Run:
+    engine = make_mixture(settings, dtype)
+    run = train_mixture(engine, dtype, 0, steps)
     engine.destroy()
+    return run
+
+
+def resume_mixture(folder: Path, steps: int, settings: dict[str, Any], dtype: torch.dtype) -> Run:
+    """The same, saved in the middle and gone on with by another engine."""
+    first = make_mixture(settings, dtype)
+    train_mixture(first, dtype, 0, steps // 2)
+    first.save_checkpoint(str(folder), tag="half")
+    first.destroy()
+    second = make_mixture(settings, dtype)
+    second.load_checkpoint(str(folder), tag="half")
+    run = train_mixture(second, dtype, steps // 2, steps)
+    second.destroy()
     return run
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.deepspeed.engines import config, make_engine
+from tests.deepspeed.experts import resume_mixture, run_mixture
 from tests.deepspeed.halves import HALF, PORTABLE, TAG, Settings, content, save_half, second_half, uninterrupted
 from tests.deepspeed.references import SHAPES
 from tests.deepspeed.test_stages import BF16_OPTIMIZER
@@ -37,6 +38,16 @@ def test_the_same_ranks_resume_bit_for_bit(case: str, tmp_path: Path) -> None:
     second = run(2, second_half, tmp_path, TAG, settings, dtype, switches)
     for whole, one, two in zip(expected, first, second, strict=True):
         assert whole.groups == one.groups + two.groups
+        assert all(torch.equal(two.weights[name], value) for name, value in whole.weights.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_experts_resume_bit_for_bit(stage: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    settings = config(stage, dtype)
+    expected = run(4, run_mixture, 2 * HALF, settings, dtype)
+    for whole, two in zip(expected, run(4, resume_mixture, tmp_path, 2 * HALF, settings, dtype), strict=True):
+        assert whole.groups[HALF:] == two.groups
         assert all(torch.equal(two.weights[name], value) for name, value in whole.weights.items())
 
 
