@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -146,11 +147,15 @@ def dtensor_shards(params: list[DTensor]) -> list[Shard]:
     Raises:
         ValueError: a parameter has a ``Partial`` placement, or the meshes cover no common set of ranks.
     """
-    ranks = [tuple(sorted(p.device_mesh.mesh.flatten().tolist())) for p in params]
-    roots = [p.device_mesh._get_root_mesh() for p in params]
+    meshes = list(dict.fromkeys(p.device_mesh for p in params))
+    ranks = {mesh: tuple(sorted(mesh.mesh.flatten().tolist())) for mesh in meshes}
+    domains: dict[DeviceMesh, tuple[int, ...]] = {}
+    for mesh in meshes:
+        root = mesh._get_root_mesh()
+        domains[root] = max(domains.get(root, ()), ranks[mesh], key=len)
     shards: list[Shard] = []
-    for param, own, root in zip(params, ranks, roots, strict=True):
-        domain = max((other for other, r in zip(ranks, roots, strict=True) if r == root), key=len)
+    for param in params:
+        own, domain = ranks[param.device_mesh], domains[param.device_mesh._get_root_mesh()]
         _check_domain(param, own, domain)
         coordinate: list[int] = list(param.device_mesh.get_coordinate() or ())
         first_copy = domain[0] in own
