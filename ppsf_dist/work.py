@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +20,30 @@ from ppsf_dist.options import Switches
 from ppsf_dist.sharding import Box, Shard
 from ppsf_dist.sharding.geometry import Shape
 
-TILE_NUMEL = 1 << 19
-"""Elements of a tile: a handful of fp32 temporaries of this size stay in a core's second- or third-level cache."""
 
-STACK_NUMEL = 1 << 17
-"""Tensors up to this size are stacked with others of their shape."""
+class Sizes(NamedTuple):
+    """How tensors are cut and stacked.
+
+    Attributes:
+        tile: elements of a tile. Each pass keeps a handful of fp32 temporaries of this size.
+        stack: tensors up to this size are stacked with others of their shape.
+    """
+
+    tile: int
+    stack: int
+
+
+IN_CACHE = Sizes(tile=1 << 19, stack=1 << 17)
+"""On a CPU: temporaries stay in a core's second- or third-level cache."""
+
+FEW_LAUNCHES = Sizes(tile=1 << 23, stack=1 << 20)
+"""On an accelerator, where an operation on less than about a million elements takes as long as starting it."""
+
+
+def sizes_for(device: torch.device) -> Sizes:
+    """The sizes that suit a device."""
+    return IN_CACHE if device.type == "cpu" else FEW_LAUNCHES
+
 
 State = Mapping[Tensor, dict[str, Any]]
 
@@ -185,9 +204,10 @@ def plan_work(
             dtypes = tuple(sorted(stored, key=str))
             key = (switch, size, flat, axes, phase, box.shape, shard.owner, local.dtype, local.device, dtypes)
             stack = batches.setdefault(key, [])
-            room = box.numel <= STACK_NUMEL and box.numel * 2 <= TILE_NUMEL
-            if not (room and stack and _fits(stack[-1], slot, box.numel)):
-                stack.append(Work(switch, size, [], [], [], [], _tiles(box, size, samples, flat), flat))
+            sizes = sizes_for(local.device)
+            room = box.numel <= sizes.stack and box.numel * 2 <= sizes.tile
+            if not (room and stack and _fits(stack[-1], slot, box.numel, sizes.tile)):
+                stack.append(Work(switch, size, [], [], [], [], _tiles(box, size, samples, flat, sizes.tile), flat))
                 works.append(stack[-1])
                 if axes is not None:
                     stack[-1].row_axis, stack[-1].col_axis = axes
@@ -204,16 +224,15 @@ def plan_work(
     return works
 
 
-def _fits(work: Work, slot: int, numel: int) -> bool:
+def _fits(work: Work, slot: int, numel: int, limit: int) -> bool:
     """Whether a stack has room for one more piece; two pieces of one parameter never share a stack."""
-    return slot not in work.slots and (len(work.slots) + 1) * numel <= TILE_NUMEL
+    return slot not in work.slots and (len(work.slots) + 1) * numel <= limit
 
 
-def _tiles(box: Box, size: Shape, samples: slice, flat: bool) -> list[Tile]:
+def _tiles(box: Box, size: Shape, samples: slice, flat: bool, limit: int) -> list[Tile]:
     """Tiles of a piece; ``samples`` are then relative to the piece."""
     outline = Box((box.numel,), (0,), (box.numel,)) if flat else Box(box.size, (0,) * len(box.size), box.size)
     tiles, first = [], 0
-    limit = TILE_NUMEL
     for start, tile_size in outline.tiles(limit):
         if flat:
             inner_start, numel = box.flat_start + start[0], tile_size[0]

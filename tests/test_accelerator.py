@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ppsf_dist import ProdigyPlusScheduleFree, clip_grad_norm_
 from ppsf_dist.host import PendingCopy
 from tests.harness.models import NamedShapes, named_shapes
+from tests.step_time import SETS
 from tests.switches import EVERY, Switch
 
 DEVICE = torch.device("meta")
@@ -27,17 +28,18 @@ STEPS = 3
 
 
 class DeviceOnly(TorchDispatchMode):
-    """Collects operators that use tensors of the host and of the device together, and copies from host to device."""
+    """Collects operators that use tensors of host and device together, counts copies to the device and operators."""
 
     def __init__(self) -> None:
         super().__init__()
         self.mixed: list[str] = []
-        self.uploads = 0
+        self.uploads = self.launches = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         returned = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+        self.launches += not func.is_view
         # Numbers as tensors may lie on the host anywhere.
         host = [value for value in given if value.device != DEVICE and value.dim()]
         on_device = any(value.device == DEVICE for value in given + returned)
@@ -106,6 +108,28 @@ def test_steps_of_single_parameters_stay_on_the_device(dtype: torch.dtype) -> No
                 parameter.grad = None
             optimizer.step()
         assert not seen.mixed and (not step or not seen.uploads)
+
+
+def launches_of_a_step(shapes: NamedShapes, dtype: torch.dtype) -> int:
+    parameters, optimizer = build(shapes, dtype, {})
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        with DeviceOnly() as seen:
+            optimizer.step()
+    return seen.launches
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_tensors_of_a_shape_are_computed_as_one(dtype: torch.dtype) -> None:
+    few, many = (launches_of_a_step([(f"w{i}", (16, 64)) for i in range(n)], dtype) for n in (10, 500))
+    assert few == many < 500
+
+
+def test_operations_for_a_language_model() -> None:
+    """GPT-2 small: 148 tensors. An accelerator waits for the host if they are many more than it can compute."""
+    shapes = [(str(i), shape) for i, shape in enumerate(SETS["gpt2"])]
+    assert launches_of_a_step(shapes, torch.float32) < 25 * len(shapes)
 
 
 def test_clipping_stays_on_the_device() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppsf_dist.algorithm import direction, rounding, second_moment, step_size
 from ppsf_dist.kernels.interface import Coefficients, Gates, Scales, Stat
-from ppsf_dist.work import TILE_NUMEL, Tile, Work
+from ppsf_dist.work import Tile, Work
 
 
 class Workspace:
@@ -30,7 +30,7 @@ class Workspace:
             numel *= n
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < numel:
-            buffer = torch.empty(max(numel, TILE_NUMEL), dtype=dtype, device=like.device)
+            buffer = torch.empty(numel, dtype=dtype, device=like.device)
             self._buffers[key] = buffer
         return buffer[:numel].view(shape)
 
@@ -38,7 +38,7 @@ class Workspace:
         """0, 1, 2, ... as int32."""
         known = self._counting.get(like.device)
         if known is None or known.numel() < numel:
-            known = torch.arange(max(numel, TILE_NUMEL), dtype=torch.int32, device=like.device)
+            known = torch.arange(numel, dtype=torch.int32, device=like.device)
             self._counting[like.device] = known
         return known[:numel]
 
@@ -49,14 +49,10 @@ class Workspace:
             return single.unsqueeze(0)
         like = next(piece for piece in pieces if piece is not None)
         buffer = self.take(name, like, (len(pieces), *size))
-        if all(piece is not None and piece.dtype == torch.float32 for piece in pieces) and len(pieces) > 1:
-            return torch.stack([piece for piece in pieces if piece is not None], out=buffer)
-        for row, piece in zip(buffer.unbind(0), pieces, strict=True):
-            if piece is None:
-                row.zero_()
-            else:
-                row.copy_(piece)
-        return buffer
+        present = [torch.zeros_like(like) if piece is None else piece for piece in pieces]
+        if like.dtype == torch.float32:
+            return torch.stack(present, out=buffer)
+        return buffer.copy_(torch.stack(present))
 
 
 class TileView:
@@ -420,9 +416,12 @@ def _gate(gates: Gates, which: int, work: Work) -> Tensor | bool:
 
 def _store(targets: Sequence[Tensor], values: Tensor, gate: Tensor | bool) -> None:
     """Write each piece to its place. Through an open gate a value computed in place is already there."""
-    pieces = values.unbind(0)
     if isinstance(gate, Tensor):
-        for target, value, open_ in zip(targets, pieces, gate.unbind(0), strict=True):
-            target.copy_(torch.where(open_, value.to(target.dtype), target))
-    elif pieces[0].data_ptr() != targets[0].data_ptr():
+        values = values.to(targets[0].dtype)
+        if len(targets) == 1:
+            torch.where(gate[0], values[0], targets[0], out=targets[0])
+            return
+        values = torch.where(gate.view(-1, *[1] * targets[0].dim()), values, torch.stack(list(targets)))
+    pieces = values.unbind(0)
+    if pieces[0].data_ptr() != targets[0].data_ptr():
         torch._foreach_copy_(list(targets), list(pieces))

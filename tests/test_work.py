@@ -1,0 +1,43 @@
+"""How tensors are cut into tiles and stacked does not matter for the result, only for the time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ppsf_dist import work
+from ppsf_dist.work import FEW_LAUNCHES, IN_CACHE, Sizes
+from tests.harness.models import named_shapes
+from tests.runs import SINGLE, Run, difference, open_loop
+from tests.switches import EVERY, Switch
+
+SHAPES = [*named_shapes("small"), *((f"equal{i}", (33, 40)) for i in range(3))]
+STEPS = 6
+SIZES = {"small_tiles": Sizes(tile=97, stack=0), "small_stacks": Sizes(tile=3000, stack=1500), "large": FEW_LAUNCHES}
+
+
+def run_with(sizes: Sizes, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, switch: Switch) -> Run:
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "sizes_for", lambda device: sizes)
+        return open_loop(SINGLE, SHAPES, STEPS, groups=2, dtype=dtype, **switch)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("name", EVERY)
+def test_sizes_do_not_change_a_run(name: str, sizes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = run_with(SIZES[sizes], monkeypatch, torch.float32, EVERY[name])
+    expected = run_with(IN_CACHE, monkeypatch, torch.float32, EVERY[name])
+    apart, d_allowed = difference(ours, expected), 1e-6
+    if name == "d_limiter":
+        # Without a limit d multiplies rounding errors from step to step, here those of another order of summation.
+        noisy = open_loop(SINGLE, SHAPES, STEPS, groups=2, noisy=True, **EVERY[name])
+        d_allowed = 2 * difference(noisy, expected)["d"]
+    assert apart["d"] <= d_allowed and apart["weights"] <= 1e-5, apart
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_rounding_bits_belong_to_elements_not_to_tiles(sizes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = run_with(SIZES[sizes], monkeypatch, torch.bfloat16, {})
+    expected = run_with(IN_CACHE, monkeypatch, torch.bfloat16, {})
+    differing = sum(int((ours.weights[key] != value).sum()) for key, value in expected.weights.items())
+    assert differing <= sum(value.numel() for value in expected.weights.values()) / 1000
