@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -96,3 +96,25 @@ def test_real_tensor_parallelism(dp: int, tp: int, sequence_parallel: bool, swit
         for name, weight in expected["weights"].items():
             torch.testing.assert_close(of_rank["weights"][name], weight, rtol=1e-4, atol=1e-6)
     assert expected["d"][0] > D0
+
+
+def on_equal_meshes() -> list[float]:
+    """Parameters on meshes that compare equal and have different roots, as torch's caches of meshes leave them."""
+    parameters = []
+    for mesh in (init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))["tp"],
+                 init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))):  # fmt: skip
+        # nn.Parameter() would hit the cache, which has the first mesh for both.
+        parameters.append(distribute_tensor(torch.ones(34, 40), mesh, [Shard(0)]).requires_grad_())
+    assert parameters[0].device_mesh == parameters[1].device_mesh
+    assert parameters[0].device_mesh._get_root_mesh() != parameters[1].device_mesh._get_root_mesh()
+    optimizer = ProdigyPlusScheduleFree(parameters, d0=D0)
+    for _ in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    return optimizer.get_d()
+
+
+def test_equal_meshes_may_have_different_roots() -> None:
+    first, second = run(2, on_equal_meshes)
+    assert first == second

@@ -147,15 +147,15 @@ def dtensor_shards(params: list[DTensor]) -> list[Shard]:
     Raises:
         ValueError: a parameter has a ``Partial`` placement, or the meshes cover no common set of ranks.
     """
-    meshes = list(dict.fromkeys(p.device_mesh for p in params))
-    ranks = {mesh: tuple(sorted(mesh.mesh.flatten().tolist())) for mesh in meshes}
+    ranks = {mesh: tuple(sorted(mesh.mesh.flatten().tolist())) for mesh in {p.device_mesh for p in params}}
+    # Equal meshes may have different roots: torch caches meshes by their content.
+    roots = [p.device_mesh._get_root_mesh() for p in params]
     domains: dict[DeviceMesh, tuple[int, ...]] = {}
-    for mesh in meshes:
-        root = mesh._get_root_mesh()
-        domains[root] = max(domains.get(root, ()), ranks[mesh], key=len)
+    for param, root in zip(params, roots, strict=True):
+        domains[root] = max(domains.get(root, ()), ranks[param.device_mesh], key=len)
     shards: list[Shard] = []
-    for param in params:
-        own, domain = ranks[param.device_mesh], domains[param.device_mesh._get_root_mesh()]
+    for param, root in zip(params, roots, strict=True):
+        own, domain = ranks[param.device_mesh], domains[root]
         _check_domain(param, own, domain)
         coordinate: list[int] = list(param.device_mesh.get_coordinate() or ())
         first_copy = domain[0] in own
