@@ -37,7 +37,8 @@ IN_CACHE = Sizes(tile=1 << 19, stack=1 << 17)
 """On a CPU: temporaries stay in a core's second- or third-level cache."""
 
 FEW_LAUNCHES = Sizes(tile=1 << 23, stack=1 << 20)
-"""On an accelerator, where an operation on less than about a million elements takes as long as starting it."""
+"""On an accelerator, where an operation on less than about a million elements takes as long as starting it. A tile is
+32 MiB; the passes keep four of them for fp32 weights, seven for bf16."""
 
 
 def sizes_for(device: torch.device) -> Sizes:
