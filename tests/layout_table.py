@@ -105,9 +105,8 @@ def on_zero(stage: int, name: str, shapes: NamedShapes) -> Outcome:
         for gradients in gradients_for(shapes, STEPS, torch.float32):
             counted.clear()
             feed(engine, gradients)
-    weights = full_weights(engine)
-    result = weights, d_of(optimizer), sum(collectives.blocking for collectives in counted)
-    engine.destroy()
+        result = full_weights(engine), d_of(optimizer), sum(collectives.blocking for collectives in counted)
+        engine.destroy()
     return result
 
 
