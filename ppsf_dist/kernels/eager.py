@@ -49,6 +49,8 @@ class Workspace:
             return single.unsqueeze(0)
         like = next(piece for piece in pieces if piece is not None)
         buffer = self.take(name, like, (len(pieces), *size))
+        if len(pieces) == 1:
+            return buffer.copy_(like.unsqueeze(0))
         present = [torch.zeros_like(like) if piece is None else piece for piece in pieces]
         if like.dtype == torch.float32:
             return torch.stack(present, out=buffer)
