@@ -16,7 +16,7 @@ from ppsf_dist.adapters import Layout, Part, find_layout, find_team
 from ppsf_dist.algorithm import averaging
 from ppsf_dist.host import HostAccess
 from ppsf_dist.kernels.eager import EagerKernels
-from ppsf_dist.kernels.interface import Stat
+from ppsf_dist.kernels.interface import Kernels, Stat
 from ppsf_dist.options import ARGUMENTS, Switches, validate_group, validate_seed, validate_together
 from ppsf_dist.plan import Plan
 from ppsf_dist.scalars import GroupNumbers, PartNumbers, StepNumbers, initial_numbers
@@ -135,7 +135,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         self._numbers: GroupNumbers | None = None
         self._step: StepNumbers | None = None
         self._stepped: Part = frozenset()
-        self._kernels = EagerKernels()
+        self._kernels: Kernels = EagerKernels()
         super().__init__(params, defaults)
         self._all_groups = self.param_groups
         validate_together(self.param_groups)

@@ -15,11 +15,6 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from ppsf_dist.sharding import Box, Shard
 
 
-def is_dtensor(param: Tensor) -> bool:
-    """Whether this adapter is the one for a parameter."""
-    return isinstance(param, DTensor)
-
-
 @dataclass(eq=False)
 class DTensorShard(Shard):
     """The local tensor of a DTensor parameter."""
