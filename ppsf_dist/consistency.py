@@ -59,9 +59,9 @@ def check_replicas(optimizer: Any, process_group: dist.ProcessGroup | None = Non
     ours = innermost(optimizer)
     if not isinstance(ours, ProdigyPlusScheduleFree):
         raise TypeError(f"optimizer is a {type(ours).__name__}: give a ProdigyPlusScheduleFree, or what wraps one")
-    layout = ours._current_layout()
+    layout = ours._engine.current_layout()
     members = layout.members(layout.whole)
-    shards = layout.shards([member.param for member in members], ours._process_group)
+    shards = layout.shards([member.param for member in members], ours._engine.process_group)
     names = [
         f"parameter {member.identity} ({shard.weights().dtype} {shard.shape} in group {member.group})"
         for member, shard in zip(members, shards, strict=True)
@@ -70,7 +70,7 @@ def check_replicas(optimizer: Any, process_group: dist.ProcessGroup | None = Non
     team = _team(ours, shards, process_group)
 
     ours.get_d()
-    groups = [{name: group[name] for name in NUMBERS} for group in ours._groups]
+    groups = [{name: group[name] for name in NUMBERS} for group in ours._engine.groups]
     entries = _entries(shards, identities, [ours.state.get(shard.param, {}) for shard in shards])
     gathered = team.gather((groups, entries))
     everyone: list[tuple[list[dict[str, Any]], list[_Entry]]] = [v for v in gathered if isinstance(v, tuple)]
@@ -106,7 +106,7 @@ def _compare_groups(ranks: Sequence[int], groups: Sequence[list[dict[str, Any]]]
 def _team(optimizer: ProdigyPlusScheduleFree, shards: Sequence[Shard], process_group: dist.ProcessGroup | None) -> Team:
     if process_group is not None:
         return Team(process_group)
-    team = optimizer._team or find_team(shards, optimizer._process_group)
+    team = optimizer._engine.team or find_team(shards, optimizer._engine.process_group)
     return Team(dist.group.WORLD) if team.is_alone and dist.is_initialized() else team
 
 

@@ -1,4 +1,4 @@
-"""ProdigyPlusScheduleFree: the arguments, and a step as the picture in the README shows it."""
+"""ProdigyPlusScheduleFree: what a person constructs. How a step runs is in :mod:`ppsf_dist.engine`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ppsf_dist import checkpoint
-from ppsf_dist.adapters import Layout, Part, find_layout, find_team
-from ppsf_dist.algorithm import averaging
-from ppsf_dist.host import HostAccess
-from ppsf_dist.kernels.eager import EagerKernels
-from ppsf_dist.kernels.interface import Kernels, Stat
-from ppsf_dist.options import ARGUMENTS, Switches, validate_group, validate_seed, validate_together
-from ppsf_dist.plan import Plan
-from ppsf_dist.scalars import GroupNumbers, PartNumbers, StepNumbers, initial_numbers
-from ppsf_dist.sharding import Shard, Team
+from ppsf_dist.engine import Engine
+from ppsf_dist.options import ARGUMENTS, validate_group, validate_seed, validate_together
+from ppsf_dist.scalars import initial_numbers
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -124,20 +118,10 @@ class ProdigyPlusScheduleFree(Optimizer):
             defaults["weight_decay_by_lr"] = not decouple_lr
         validate_seed(seed)
         validate_group(defaults, lr_may_be_zero=False)
-        self._process_group = process_group
         self._seed = seed
-        self._given: list[list[Tensor]] = []
-        self._all_groups: list[dict[str, Any]] = []
-        self._layout: Layout | None = None
-        self._team: Team | None = None
-        self._plans: dict[Part, Plan] = {}
-        self._every_shard: dict[Tensor, Shard] = {}
-        self._numbers: GroupNumbers | None = None
-        self._step: StepNumbers | None = None
-        self._stepped: Part = frozenset()
-        self._kernels: Kernels = EagerKernels()
+        self._engine = Engine(self, process_group, seed)
         super().__init__(params, defaults)
-        self._all_groups = self.param_groups
+        self._engine.all_groups = self.param_groups
         validate_together(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -146,8 +130,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         Raises:
             ValueError: an argument is out of range or does not fit the other groups; nothing is added then.
         """
-        self._settle_backward()
-        self._settle()
+        self._engine.settle_backward()
+        self._engine.settle()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -156,12 +140,12 @@ class ProdigyPlusScheduleFree(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        self._forget()
+        self._engine.forget()
         for name, value in initial_numbers(group).items():
             group.setdefault(name, value)
         group.setdefault("state_version", checkpoint.STATE_VERSION)
         group.setdefault("train_mode", self.param_groups[0].get("train_mode", True))
-        self._given.append(group["params"])
+        self._engine.given.append(group["params"])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -185,21 +169,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        layout = self._current_layout()
-        if self.param_groups[0]["fused_back_pass"]:
-            self._end_backward(layout)
-            return loss
-        part = layout.part(self.param_groups)
-        if self._stepped & part:
-            # The framework has left out some parts of the step before.
-            self._finish_step()
-        fresh = not self.state
-        plan = self._current_plan(part)
-        if plan is None or (fresh and self._creates_state_only(plan)):
-            return loss
-        self._step_part(part, plan)
-        if self._stepped >= layout.whole:
-            self._finish_step()
+        self._engine.run()
         return loss
 
     @torch.no_grad()
@@ -225,20 +195,7 @@ class ProdigyPlusScheduleFree(Optimizer):
             raise ValueError("step_param() needs ProdigyPlusScheduleFree(..., fused_back_pass=True)")
         if p.grad is None:
             return
-        layout = self._current_layout()
-        if layout.whole or p not in layout.places:
-            raise ValueError(f"the parameter of shape {tuple(p.shape)} is in none of the optimizer's param_groups")
-        part = frozenset((layout.places[p],))
-        if self._shards_of(layout, part, [p])[0].domain or self._process_group is not None:
-            raise RuntimeError(
-                "step_param() steps a parameter on its own, but this one is sharded and needs sums from other ranks in "
-                "the same order on all: call ppsf_dist.fsdp.step_in_backward(model, optimizer) in place of these hooks"
-            )
-        if self._stepped & part:
-            self._finish_step()
-        plan = self._current_plan(part)
-        if plan is not None:
-            self._step_part(part, plan)
+        self._engine.run_alone(p)
 
     def step_parameter(self, p: Tensor, group: dict[str, Any] | None = None, i: int | None = None) -> None:
         """The same as :meth:`step_param` for trainers that also pass the parameter's index in its group."""
@@ -251,173 +208,7 @@ class ProdigyPlusScheduleFree(Optimizer):
     @torch.no_grad()
     def _step_params(self, params: list[Tensor]) -> None:
         """Step some parameters, on all ranks that hold pieces of them. They may come again with gradients of others."""
-        places = self._current_layout().places
-        part = frozenset(places[param] for param in params)
-        plan = self._current_plan(part)
-        if plan is not None:
-            self._step_part(part, plan)
-
-    def _end_backward(self, layout: Layout) -> None:
-        """End the step that the backward pass has made, if it has made one, and create the state that is missing."""
-        if layout.whole:
-            raise RuntimeError("fused_back_pass=True does not work under DeepSpeed ZeRO: use fused_back_pass=False")
-        unstepped = self._step is None and any(float(group["lr"]) != 0 for group in self._groups)
-        if unstepped and any(param.grad is not None for params in layout.parameters() for param in params):
-            warnings.warn(
-                "step() found gradients that no one has used: with fused_back_pass=True it makes no step itself; call "
-                "ppsf_dist.fsdp.step_in_backward(model, optimizer) once, or step_param() from hooks, or use "
-                "fused_back_pass=False",
-                stacklevel=4,
-            )
-        self._settle_backward()
-        stateless = frozenset(place for param, _, place in layout.members(layout.whole) if param not in self.state)
-        if stateless:
-            self._current_plan(stateless)
-
-    def _settle_backward(self) -> None:
-        """End a step that nobody has ended, now that the backward pass must be over."""
-        if self._step is not None and self.param_groups[0]["fused_back_pass"]:
-            self._finish_step()
-
-    def _step_part(self, part: Part, plan: Plan) -> None:
-        """Step the parameters of a part; the first one begins the step."""
-        if self._step is None:
-            self._step = self._begin_step()
-        self._advance(plan, self._step)
-        self._stepped |= part
-
-    def _begin_step(self) -> StepNumbers:
-        """The numbers that all parts of a step use."""
-        if any(group["use_schedulefree"] and not group["train_mode"] for group in self._groups):
-            raise RuntimeError(
-                "step() was called while the parameters hold the averaged weights: call optimizer.train() after "
-                "evaluating, before the next forward pass"
-            )
-        assert self._numbers is not None
-        self._numbers.absorb(self._groups)
-        return StepNumbers(self._numbers, self._groups, self._seed)
-
-    def _advance(self, plan: Plan, step: StepNumbers) -> None:
-        """The picture: pass 1, reduce 1, moments, pass 2, reduce 2, pass 3, for the parameters of a plan."""
-        kernels, works, team, moments = self._kernels, plan.works, plan.team, plan.moments
-        sums, stats = plan.sums, plan.stats
-        plan.capture_unseen()
-        plan.begin()
-        numbers = PartNumbers(step, plan.parameters, plan.traits)
-        coefficients = numbers.coefficients
-
-        factors = moments.factors(moments.values) if plan.adopts else moments.values
-        kernels.pass_1(works, coefficients, factors, sums, stats)
-        if plan.reduces_sums_early:
-            team.sum_(*plan.first_reduction)
-            new_moments = numbers.moments(moments, sums)
-            factors = numbers.factors(moments, new_moments)
-
-        if plan.needs_norms:
-            kernels.pass_2(works, coefficients, factors, stats)
-        team.sum_(*plan.second_reduction)
-        if not plan.reduces_sums_early:
-            new_moments = numbers.moments(moments, sums)
-
-        scales = numbers.scales(stats)
-        if plan.counts_masks_late:
-            masks = torch.zeros_like(stats)
-            kernels.count_masks(works, coefficients, factors, scales, masks)
-            team.sum_(masks)
-            stats[:, Stat.LATE_MASK] = masks[:, Stat.LATE_MASK]
-            scales = numbers.scales(stats)
-
-        gates = numbers.gates(stats, plan.host)
-        moments.commit(new_moments, gates.moments)
-        kernels.pass_3(works, coefficients, factors, scales, gates, numbers.keys)
-        numbers.commit(stats, gates)
-        plan.end()
-
-    def _finish_step(self) -> None:
-        """d for the next step, from the sums of all parts."""
-        assert self._numbers is not None and self._step is not None
-        self._step.commit()
-        self._numbers.publish(self._groups, wait=False)
-        self._step, self._stepped = None, frozenset()
-
-    @property
-    def _groups(self) -> list[dict[str, Any]]:
-        """All parameter groups, also while a framework lets ``param_groups`` show only some of them."""
-        known = {id(group) for group in self._all_groups}
-        if any(id(group) not in known for group in self.param_groups):
-            self._all_groups = self.param_groups
-        return self._all_groups
-
-    def _current_layout(self) -> Layout:
-        """How the parameters stand in the groups now, after taking over what a framework has loaded there."""
-        groups = self._groups
-        if self._layout is None or self._layout.groups is not groups or not self._layout.is_current():
-            self._layout = find_layout(groups, self._given)
-        if self._layout.adopt(self.state):
-            self._forget()
-        return self._layout
-
-    def _current_plan(self, part: Part) -> Plan | None:
-        """The plan for a part as it is now, made anew if its parameters or their switches have changed."""
-        layout, groups = self._current_layout(), self._groups
-        frozen = [group["prodigy_steps"] > 0 and group["k"] >= group["prodigy_steps"] for group in groups]
-        switches = [Switches.of(group, statistics=not f) for group, f in zip(groups, frozen, strict=True)]
-        key = (layout.signature(part), tuple(switches))
-        plan = self._plans.get(part)
-        if plan is not None and plan.signature == key and plan.is_current():
-            return plan
-        members = layout.members(part)
-        if not members:
-            return None
-        for other in [other for other in self._plans if not other or not part or other & part]:
-            self._plans.pop(other).settle()
-        params, groups_of, identities = (list(column) for column in zip(*members, strict=True))
-        shards = self._shards_of(layout, part, params)
-        if self._team is None:
-            everything = [member.param for member in layout.members(layout.whole)]
-            every_shard = shards if len(everything) == len(params) else layout.shards(everything, self._process_group)
-            self._team = find_team(every_shard, self._process_group)
-        host = HostAccess(shards[0].weights().device)
-        plan = Plan(shards, groups_of, identities, switches, self._team, host, self.state, key)
-        self._plans[part] = plan
-        if self._numbers is None or len(self._numbers.published) != len(groups):
-            self._numbers = GroupNumbers(groups, host)
-        return plan
-
-    def _shards_of(self, layout: Layout, part: Part, params: list[Tensor]) -> list[Shard]:
-        """The shards of a part. Who counts what depends on all parameters, of which a part shows only some."""
-        if not part or layout.whole:
-            return layout.shards(params, self._process_group)
-        if any(param not in self._every_shard for param in params):
-            everything = [member.param for member in layout.members(layout.whole)]
-            self._every_shard = {shard.param: shard for shard in layout.shards(everything, self._process_group)}
-        return [self._every_shard[param] for param in params]
-
-    def _creates_state_only(self, plan: Plan) -> bool:
-        """Whether this is the step with lr 0 and zero gradients that distributed checkpoints make to create state."""
-        assert self._layout is not None
-        if any(float(group["lr"]) != 0 for group in self._groups) and not self._layout.starts_with_zeros:
-            return False
-        total = torch.zeros(1, dtype=torch.float64, device=plan.stats.device)
-        for shard in plan.shards:
-            gradient = shard.gradient()
-            if gradient is not None:
-                total += (gradient != 0).any()
-        plan.team.sum_(total)
-        return bool(total == 0)
-
-    def _settle(self) -> None:
-        """Write everything that lives on the device into ``state`` and ``param_groups``. Waits for the device."""
-        for plan in self._plans.values():
-            plan.settle()
-        if self._numbers is not None:
-            self._numbers.absorb(self._groups)
-            self._numbers.publish(self._groups, wait=True)
-
-    def _forget(self) -> None:
-        """Start anew from ``state`` and ``param_groups``, which somebody has replaced."""
-        self._plans, self._every_shard, self._numbers, self._team = {}, {}, None, None
-        self._step, self._stepped = None, frozenset()
+        self._engine.run_some(params)
 
     @torch.no_grad()
     def eval(self, *, keep: bool = False) -> None:
@@ -436,7 +227,7 @@ class ProdigyPlusScheduleFree(Optimizer):
                     f"betas[0]=0 in parameter group {index}: with use_schedulefree=True the average x can only be "
                     "recovered from y and z if betas[0] > 0; use betas=(0.9, ...), or use_schedulefree=False"
                 )
-        self._switch(train=False, keep=keep)
+        self._engine.switch(train=False, keep=keep)
 
     @torch.no_grad()
     def train(self, mode: bool = True) -> None:
@@ -448,36 +239,11 @@ class ProdigyPlusScheduleFree(Optimizer):
         if not mode:
             self.eval()
             return
-        self._switch(train=True, keep=False)
-
-    def _switch(self, *, train: bool, keep: bool) -> None:
-        changing = [g for g in self.param_groups if g["use_schedulefree"] and g["train_mode"] != train]
-        for group in self.param_groups:
-            group["train_mode"] = train
-        if not changing:
-            return
-        self._settle_backward()
-        self._settle()
-        layout = self._current_layout()
-        shards = {shard.param: shard for plan in self._plans.values() for shard in plan.shards}
-        unplanned = [p for params in layout.parameters() for p in params if p in self.state and p not in shards]
-        shards |= {shard.param: shard for shard in layout.shards(unplanned, self._process_group)}
-        for group, params in zip(self._groups, layout.parameters(), strict=True):
-            if not any(group is other for other in changing):
-                continue
-            beta1 = group["betas"][0]
-            weight = averaging.eval_to_train_weight(beta1) if train else averaging.train_to_eval_weight(beta1)
-            for param in params:
-                state = self.state.get(param)
-                if state and state.get("step") and "z" in state:
-                    weights = shards[param].weights()
-                    exact = keep or (not group["reference_quirks"] and weights.dtype != torch.float32)
-                    checkpoint.interpolate(weights, state, weight, train=train, keep=exact)
-        layout.refresh()
+        self._engine.switch(train=True, keep=False)
 
     def get_d(self) -> list[float]:
         """The step size d of each parameter group. Waits for the device."""
-        self._settle()
+        self._engine.settle()
         return [group["d"] for group in self.param_groups]
 
     def get_d_estimate(self) -> float:
@@ -487,7 +253,7 @@ class ProdigyPlusScheduleFree(Optimizer):
     @property
     def skipped_steps(self) -> int:
         """How many steps changed nothing because a gradient was not finite. Waits for the device."""
-        self._settle()
+        self._engine.settle()
         return int(self.param_groups[0]["skipped_steps"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -495,15 +261,15 @@ class ProdigyPlusScheduleFree(Optimizer):
 
         Under a sharded layout every rank must call it.
         """
-        self._settle_backward()
-        self._settle()
-        layout = self._current_layout()
+        self._engine.settle_backward()
+        self._engine.settle()
+        layout = self._engine.current_layout()
         own = layout.state_dict(self.state)
         if own is not None:
             return own
         state_dict = super().state_dict()
         packed = [p for group in self.param_groups for p in group["params"]]
-        shards = layout.shards([p for p in packed if p in self.state], self._process_group)
+        shards = layout.shards([p for p in packed if p in self.state], self._engine.process_group)
         by_param = {shard.param: shard for shard in shards}
         state_dict["state"] = {
             index: checkpoint.to_portable(by_param[param], self.state[param])
@@ -519,32 +285,34 @@ class ProdigyPlusScheduleFree(Optimizer):
         Raises:
             ValueError: the checkpoint does not fit; the message names the parameter and the key. Nothing is changed.
         """
-        layout = self._current_layout()
+        layout = self._engine.current_layout()
         if layout.load_state_dict(state_dict, self.state):
-            self._forget()
+            self._engine.forget()
             return
         parameters = layout.parameters()
-        ours = [{**group, "params": params} for group, params in zip(self._groups, parameters, strict=True)]
-        shards = layout.shards([p for params in parameters for p in params], self._process_group)
+        ours = [{**group, "params": params} for group, params in zip(self._engine.groups, parameters, strict=True)]
+        shards = layout.shards([p for params in parameters for p in params], self._engine.process_group)
         loaded = checkpoint.read_state(state_dict, shards, ours)
         groups = checkpoint.read_groups(state_dict, ours)
         if layout.whole:
             # The groups are the framework's as well, which looks at their tensors and knows them by identity.
-            for group, values in zip(self._groups, groups, strict=True):
+            for group, values in zip(self._engine.groups, groups, strict=True):
                 group.update({name: value for name, value in values.items() if name != "params"})
             self.state.clear()
         else:
             super().load_state_dict({"state": {}, "param_groups": groups})
-            self._all_groups = self.param_groups
-        self._forget()
+            self._engine.all_groups = self.param_groups
+        self._engine.forget()
         for param, entries in loaded.items():
             self.state[param] = entries
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
-        gone = dict.fromkeys(("_numbers", "_step", "_layout", "_team", "_kernels", "_process_group"))
-        return {**self.__dict__, "_plans": {}, "_every_shard": {}, **gone}
+        self._engine.settle()
+        kept = {name: value for name, value in self.__dict__.items() if name != "_engine"}
+        return {**kept, "_given": self._engine.given, "_all_groups": self._engine.all_groups}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._kernels = EagerKernels()
+        super().__setstate__({name: value for name, value in state.items() if name not in ("_given", "_all_groups")})
+        if "_given" in state:
+            self._engine = Engine(self, None, self._seed)
+            self._engine.given, self._engine.all_groups = state["_given"], state["_all_groups"]

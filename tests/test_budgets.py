@@ -66,7 +66,7 @@ def host_syncs(switch: Switch, *, accelerator: bool) -> dict[str, int]:
     for step, gradients in enumerate(gradient_sequence(shapes, 4)):
         set_grads(parameters, gradients)
         if step == 1 and accelerator:
-            (plan,) = optimizer._plans.values()
+            (plan,) = optimizer._engine.plans.values()
             plan.host.free = False
         with count_host_syncs() as syncs, count_collectives() as collectives:
             optimizer.step()

@@ -61,8 +61,8 @@ def held(model: nn.Module, optimizer: ProdigyPlusScheduleFree) -> Share:
 
 
 def held_as_state(optimizer: ProdigyPlusScheduleFree, parameters: list[nn.Parameter]) -> Share:
-    (plan,) = optimizer._plans.values()
-    assert optimizer._numbers is not None
+    (plan,) = optimizer._engine.plans.values()
+    assert optimizer._engine.numbers is not None
 
     def state(*names: str) -> int:
         return size(local(optimizer.state[p][name]) for p in parameters for name in names if name in optimizer.state[p])
@@ -76,7 +76,7 @@ def held_as_state(optimizer: ProdigyPlusScheduleFree, parameters: list[nn.Parame
         second_moments=state("exp_avg_sq"),
         samples=state("p0", "s"),
         factored=factored,
-        numbers=size([plan.parameters, plan.stats, plan.sums, optimizer._numbers.values]),
+        numbers=size([plan.parameters, plan.stats, plan.sums, optimizer._engine.numbers.values]),
         indices=size(tables),
     )
 

@@ -64,7 +64,7 @@ def poison(layout: Layout, switch: Switch, value: float, free: bool = True) -> d
                 if rank == layout.world_size - 1:
                     local(target.grad).view(-1)[1] = value
             if not free and step > 0:
-                for plan in optimizer._plans.values():
+                for plan in optimizer._engine.plans.values():
                     plan.host.free = False
             optimizer.step()
             if step == 3:

@@ -84,7 +84,7 @@ class _Run:
         self.optimizer = innermost(engine.optimizer)
         # What lives on the device comes into state and groups.
         self.optimizer.get_d()
-        self.layout = self.optimizer._current_layout()
+        self.layout = self.optimizer._engine.current_layout()
         # Of a parameter with several names only the first.
         self._name_of = {id(param): name for name, param in self.module.named_parameters()}
         self.group_names = [[self._name_of[id(param)] for param in params] for params in self.layout.given]

@@ -70,7 +70,7 @@ class StepInBackward:
             )
         self._optimizer = optimizer
         params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        is_alone = optimizer._process_group is None and not any(isinstance(p, DTensor) for p in params)
+        is_alone = optimizer._engine.process_group is None and not any(isinstance(p, DTensor) for p in params)
         groups = [[p] for p in params] if is_alone else fsdp_groups(model)
         known = set(params)
         self._groups = [members for group in groups if (members := [p for p in group if p in known])]

@@ -37,7 +37,7 @@ def real(stage: int, names: list[str], dtype: torch.dtype) -> list[tuple[Share, 
             engine.backward(engine(torch.randn(5, 33, dtype=dtype)).float().square().mean())
             engine.step()
         (collectives,) = counted
-        shards = engine.basic_optimizer._current_layout().partition.slices.values()
+        shards = engine.basic_optimizer._engine.current_layout().partition.slices.values()
         elements = sum(shard.numel for shard in shards)
         in_model = elements if stage == 3 else sum(parameter.numel() for parameter in engine.module.parameters())
         flats = {shard.flat.untyped_storage().data_ptr() for shard in shards}
