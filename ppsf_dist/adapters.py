@@ -222,6 +222,7 @@ def find_shards(params: Sequence[Tensor], process_group: dist.ProcessGroup | Non
         if not shard.domain and domain:
             shard.domain = domain
             shard.owner = dist.get_rank() == domain[0]
+            shard.copied = len(domain) > 1
     return shards
 
 

@@ -30,20 +30,6 @@ STRUCTURAL = ("use_schedulefree", "use_speed", "use_focus", "factored", "factore
 """Switches that decide which state there is: a checkpoint made with other ones does not fit."""
 
 
-def interpolate(weights: Tensor, state: dict[str, Any], weight: float, *, train: bool, keep: bool) -> None:
-    """Move the weights between y and x: ``weights + weight (z - weights)`` in the parameter's dtype.
-
-    Each round trip loses a little, most in 16 bits (``docs/differences.md``, O24). With ``keep`` the training weights
-    are kept aside in the state (``y``) and come back as they were.
-    """
-    if train and "y" in state:
-        weights.copy_(state.pop("y"))
-        return
-    if keep and not train:
-        state["y"] = weights.detach().clone()
-    weights.lerp_(state["z"], weight)
-
-
 def to_portable(shard: Shard, state: dict[str, Any]) -> dict[str, Any]:
     """A parameter's state for a checkpoint."""
     portable: dict[str, Any] = {}

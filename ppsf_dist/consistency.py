@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,34 +12,20 @@ from torch import Tensor
 from ppsf_dist.adapters import find_team
 from ppsf_dist.evaluation import innermost
 from ppsf_dist.optimizer import ProdigyPlusScheduleFree
-from ppsf_dist.options import ARGUMENTS
-from ppsf_dist.scalars import GROUP_NUMBERS
 from ppsf_dist.sharding import Shard, Team
-
-CHUNK = 1 << 22
-"""Elements that are summed at a time: their 64-bit copies are all the memory that a check takes."""
+from ppsf_dist.sharding.fingerprint import Entry, checksum, first_difference, key, name_ranks
+from ppsf_dist.sharding.slots import Disagreement, Slot, compare_groups, compare_names, compare_settings
 
 WHOLE_ON_EVERY_RANK = ("exp_avg_sq_row", "exp_avg_sq_col")
-NUMBERS = (*GROUP_NUMBERS, *ARGUMENTS)
 ADVICE = (
     "load the last checkpoint, and see what changed one rank alone: weights written outside the optimizer, an argument "
     "set on one rank, or faulty memory"
 )
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_MIX = 0x9E3779B97F4A7C15 - (1 << 64)
-
-
-class _Entry(NamedTuple):
-    """Numbers that every rank with the same ``key`` holds alike."""
-
-    key: int
-    checksum: int
-
 
 @torch.no_grad()
 def check_replicas(optimizer: Any, process_group: dist.ProcessGroup | None = None) -> None:
-    """Compare d, the arguments, and all replicas of weights and optimizer state between ranks, bit for bit.
+    """Compare d, the arguments, seed and release, and all replicas of weights and optimizer state, bit for bit.
 
     Every rank must call it, every hundred steps for instance. It reads all weights and state once and exchanges a
     checksum for each parameter. Under FSDP alone nothing but the numbers of the groups and the factored moments is
@@ -59,48 +44,35 @@ def check_replicas(optimizer: Any, process_group: dist.ProcessGroup | None = Non
     ours = innermost(optimizer)
     if not isinstance(ours, ProdigyPlusScheduleFree):
         raise TypeError(f"optimizer is a {type(ours).__name__}: give a ProdigyPlusScheduleFree, or what wraps one")
-    layout = ours._engine.current_layout()
+    engine = ours._engine
+    layout = engine.current_layout()
     members = layout.members(layout.whole)
-    shards = layout.shards([member.param for member in members], ours._engine.process_group)
-    names = [
-        f"parameter {member.identity} ({shard.weights().dtype} {shard.shape} in group {member.group})"
-        for member, shard in zip(members, shards, strict=True)
-    ]
-    identities = [member.identity for member in members]
+    shards = layout.shards([member.param for member in members], engine.process_group)
+    slots = engine.slots(layout, members, shards)
     team = _team(ours, shards, process_group)
 
     ours.get_d()
-    groups = [{name: group[name] for name in NUMBERS} for group in ours._engine.groups]
-    entries = _entries(shards, identities, [ours.state.get(shard.param, {}) for shard in shards])
-    gathered = team.gather((groups, entries))
-    everyone: list[tuple[list[dict[str, Any]], list[_Entry]]] = [v for v in gathered if isinstance(v, tuple)]
-    ranks = team.ranks or (0,)
-    _compare_groups(ranks, [theirs for theirs, _ in everyone])
-    differing = _first_difference([theirs for _, theirs in everyone])
+    names = {(shard.domain, slot.identity): slot.name for shard, slot in zip(shards, slots, strict=True) if slot.name}
+    entries = _entries(shards, slots, [ours.state.get(shard.param, {}) for shard in shards])
+    mine = (engine.common(), engine.settings(), names, entries)
+    gathered = team.gather(mine, why="check_replicas() of the other ranks")
+    everyone: list[tuple[Any, Any, Any, list[Entry]]] = [told for told in gathered if isinstance(told, tuple)]
+    try:
+        compare_settings(team, [common for common, _, _, _ in everyone], "of the optimizer")
+        compare_groups(team, [groups for _, groups, _, _ in everyone])
+        compare_names(team, [theirs for _, _, theirs, _ in everyone])
+    except Disagreement as error:
+        raise Disagreement(f"{error}; {ADVICE}") from None
+    differing = first_difference([theirs for _, _, _, theirs in everyone])
     if differing is None:
         return
-    key, sides = differing
+    found, sides = differing
     # All ranks have found the same difference; one that holds the parameter knows what it is.
-    own = next((name for entry, name in zip(entries, names * 2, strict=True) if entry.key == key), None)
-    known = [name for name in team.gather(own) if name is not None]
-    where = " and ".join(_ranks([ranks[position] for position in positions]) for positions in sides)
-    raise RuntimeError(f"{known[0]}: weights or state are not the same on {where}: {ADVICE}")
-
-
-def _compare_groups(ranks: Sequence[int], groups: Sequence[list[dict[str, Any]]]) -> None:
-    first = groups[0]
-    for rank, theirs in zip(ranks, groups, strict=True):
-        if len(theirs) != len(first):
-            raise RuntimeError(
-                f"ranks {ranks[0]} and {rank} have {len(first)} and {len(theirs)} parameter groups: give both the same"
-            )
-        for index, (a, b) in enumerate(zip(first, theirs, strict=True)):
-            name = next((name for name in NUMBERS if a[name] != b[name]), None)
-            if name is not None:
-                raise RuntimeError(
-                    f"{name} of parameter group {index} is {a[name]!r} on rank {ranks[0]} and {b[name]!r} on rank "
-                    f"{rank}: {ADVICE}"
-                )
+    own = next((str(slot) for entry, slot in zip(entries, slots * 2, strict=True) if entry.key == found), None)
+    known = [name for name in team.gather(own, why="the name of what differs") if name is not None]
+    ranks = team.ranks or (0,)
+    where = " and ".join(name_ranks([ranks[position] for position in positions]) for positions in sides)
+    raise Disagreement(f"{known[0]}: weights or state are not the same on {where}: {ADVICE}")
 
 
 def _team(optimizer: ProdigyPlusScheduleFree, shards: Sequence[Shard], process_group: dist.ProcessGroup | None) -> Team:
@@ -110,14 +82,14 @@ def _team(optimizer: ProdigyPlusScheduleFree, shards: Sequence[Shard], process_g
     return Team(dist.group.WORLD) if team.is_alone and dist.is_initialized() else team
 
 
-def _entries(shards: Sequence[Shard], identities: Sequence[int], states: Sequence[dict[str, Any]]) -> list[_Entry]:
+def _entries(shards: Sequence[Shard], slots: Sequence[Slot], states: Sequence[dict[str, Any]]) -> list[Entry]:
     """One entry for what this rank holds of each parameter, then one for its factored moments, in order."""
     keys: list[int] = []
     sums: list[Tensor] = []
     for whole in (False, True):
-        for shard, identity, state in zip(shards, identities, states, strict=True):
+        for shard, slot, state in zip(shards, slots, states, strict=True):
             boxes = [] if whole else [(box.offset, box.size) for box in shard.boxes]
-            keys.append(_key((whole, shard.domain, identity, shard.shape, boxes)))
+            keys.append(key((whole, shard.domain, slot.identity, shard.shape, boxes)))
             tensors = [
                 value
                 for name, value in sorted(state.items())
@@ -126,34 +98,4 @@ def _entries(shards: Sequence[Shard], identities: Sequence[int], states: Sequenc
             sums.append(checksum(tensors if whole else [shard.weights(), *tensors], shard.weights().device))
     # One wait for the device.
     values = torch.stack(sums).tolist() if sums else []
-    return [_Entry(key, value) for key, value in zip(keys, values, strict=True)]
-
-
-def _key(held: object) -> int:
-    """A number that stands for a description, on every host alike."""
-    return int.from_bytes(hashlib.blake2b(repr(held).encode(), digest_size=8).digest())
-
-
-def checksum(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """A 64-bit sum of the bits of all elements, in which no one changed element and no two swapped ones can hide."""
-    total = torch.zeros((), dtype=torch.int64, device=device)
-    for tensor in tensors:
-        bits = tensor.detach().reshape(-1).view(_BITS[tensor.element_size()])
-        total = total * _MIX + bits.numel()
-        for piece in torch.split(bits, CHUNK):
-            weights = torch.arange(piece.numel(), device=device) * 2 + 1
-            total = total * _MIX + (piece.to(device=device, dtype=torch.int64) * weights).sum()
-    return total
-
-
-def _first_difference(entries: Sequence[Sequence[_Entry]]) -> tuple[int, list[list[int]]] | None:
-    """The first key under which ranks have different checksums, and the positions of the ranks by checksum."""
-    seen: dict[int, dict[int, list[int]]] = {}
-    for position, own in enumerate(entries):
-        for key, value in own:
-            seen.setdefault(key, {}).setdefault(value, []).append(position)
-    return next(((key, list(by_value.values())) for key, by_value in seen.items() if len(by_value) > 1), None)
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    return [Entry(*entry) for entry in zip(keys, values, strict=True)]

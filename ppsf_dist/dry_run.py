@@ -15,7 +15,8 @@ from ppsf_dist.algorithm.second_moment import Factoring, factoring
 from ppsf_dist.algorithm.step_size import SLICE, statistics_dtype
 from ppsf_dist.kernels.interface import Stat
 from ppsf_dist.options import Switches
-from ppsf_dist.scalars import GROUP_NUMBERS, PARAMETER_NUMBERS
+from ppsf_dist.reductions import Outcome
+from ppsf_dist.scalars import PARAMETER_NUMBERS, ROWS
 from ppsf_dist.sharding import flat_range
 from ppsf_dist.sharding.geometry import Shape
 
@@ -164,8 +165,8 @@ def _whole(count: _Count, switches: Switches) -> Share:
             cell = axes.row_shape[axes.mean_axis(quirks=switches.quirks)]
             averaged = 0 if cell == 1 else _INT64 * (rows + rows // cell)
             indices += n * (rows * (_INT64 + _BOOL + _INT64) + averaged)
-    columns = len(PARAMETER_NUMBERS) + len(Stat)
-    numbers = _FP64 * (slots * columns + len(GROUP_NUMBERS)) + _FP32 * length
+    tables = (2 if switches.counts_mask_late else 1) * (slots * len(Stat) + len(Outcome))
+    numbers = _FP64 * (slots * len(PARAMETER_NUMBERS) + tables + len(ROWS)) + _FP32 * length
     return Share(factored=_FP32 * length, numbers=numbers, indices=indices)
 
 
@@ -287,7 +288,7 @@ def _sub_groups(parameters: _Parameters, world_size: int) -> list[_Count]:
 def _reductions(count: _Count, switches: Switches) -> tuple[int, ...]:
     """Bytes of each all-reduce of a step: sums for factored moments (fp32) and the table of each parameter's (fp64)."""
     length = _buffer_length(count, switches)
-    table = len(Stat) * count.total()
+    table = len(Stat) * count.total() + len(Outcome)
     if not length:
         reductions = [_FP64 * table]
     elif switches.adopt:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ppsf_dist.algorithm import second_moment
 from ppsf_dist.algorithm.second_moment import Factoring
+from ppsf_dist.kernels.writes import Write
 from ppsf_dist.sharding import Box
 
 
@@ -130,7 +131,8 @@ class FactoredMoments:
 
         return of(axes.row_shape, placed.row, axes.dr), of(axes.col_shape, placed.col, axes.dc)
 
-    def commit(self, new: Tensor, gate: Tensor) -> None:
-        """Take over the moments of the parameters whose gate (bool vector over parameters) is open."""
-        if len(self):
-            self.values.copy_(torch.where(gate[self.slot_of], new, self.values))
+    def committed(self, new: Tensor, gate: Tensor) -> list[Write]:
+        """The moments with those of the parameters whose gate (bool vector over parameters) is open taken over."""
+        if not len(self):
+            return []
+        return [Write([self.values], [torch.where(gate[self.slot_of], new, self.values)])]

@@ -140,7 +140,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        self._engine.forget()
+        self._engine.forget("a parameter group has been added")
         for name, value in initial_numbers(group).items():
             group.setdefault(name, value)
         group.setdefault("state_version", checkpoint.STATE_VERSION)
@@ -165,12 +165,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         Raises:
             RuntimeError: the optimizer is in eval mode.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._engine.run()
-        return loss
+        return self._engine.run(None if closure is None else torch.enable_grad()(closure))
 
     @torch.no_grad()
     def step_param(self, p: Tensor, group: dict[str, Any] | None = None) -> None:
@@ -287,7 +282,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         """
         layout = self._engine.current_layout()
         if layout.load_state_dict(state_dict, self.state):
-            self._engine.forget()
+            self._engine.forget("load_state_dict() has been called")
             return
         parameters = layout.parameters()
         ours = [{**group, "params": params} for group, params in zip(self._engine.groups, parameters, strict=True)]
@@ -302,7 +297,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         else:
             super().load_state_dict({"state": {}, "param_groups": groups})
             self._engine.all_groups = self.param_groups
-        self._engine.forget()
+        self._engine.forget("load_state_dict() has been called")
         for param, entries in loaded.items():
             self.state[param] = entries
 

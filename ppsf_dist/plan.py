@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,24 +13,23 @@ from torch import Tensor
 
 from ppsf_dist.algorithm.second_moment import factoring
 from ppsf_dist.algorithm.step_size import SLICE, statistics_dtype
-from ppsf_dist.host import HostAccess
+from ppsf_dist.host import HostAccess, PendingCopy
 from ppsf_dist.kernels.interface import Stat
 from ppsf_dist.moments import FactoredMoments
 from ppsf_dist.options import Switches
-from ppsf_dist.scalars import PARAMETER_NUMBERS, Traits
+from ppsf_dist.part_numbers import Traits
+from ppsf_dist.reductions import Outcome, Reductions
+from ppsf_dist.scalars import PARAMETER_NUMBERS
 from ppsf_dist.sharding import Shard, Team
-from ppsf_dist.sharding.slots import agree_on_slots
-from ppsf_dist.work import plan_work, sample_count, sample_indices
+from ppsf_dist.sharding.slots import SlotTable
+from ppsf_dist.work import Work, plan_work, sample_count, sample_indices
+
+logger = logging.getLogger(__name__)
 
 State = dict[Tensor, dict[str, Any]]
 
 DTYPES = ("torch.float32", "torch.bfloat16", "torch.float64")
 """Of weights. The arithmetic is fp32."""
-
-
-def settings_of(switches: Switches) -> tuple[tuple[str, object], ...]:
-    """A group's switches in a form that ranks can compare."""
-    return tuple(sorted(vars(switches).items()))
 
 
 class Plan:
@@ -39,37 +40,38 @@ class Plan:
     Args:
         shards: the local shards of all trainable parameters, in the order of ``param_groups``.
         groups_of: the group of each shard.
-        identities: a number for each shard's parameter that is the same in every layout.
+        table: the logical parameters as all ranks have agreed on them.
         switches: of each group.
+        frozen: whether the step size of a group no longer adapts.
         team: the ranks that share sums.
         host: what the host may read when.
         state: the optimizer's state, completed in place.
         signature: what this plan was built from.
 
     Raises:
-        ValueError: weights have a dtype that is not allowed, or ranks have other parameters or arguments than others.
+        ValueError: weights have a dtype that is not allowed.
     """
 
     def __init__(
         self,
         shards: Sequence[Shard],
         groups_of: Sequence[int],
-        identities: Sequence[int],
+        table: SlotTable,
         switches: Sequence[Switches],
+        frozen: Sequence[bool],
         team: Team,
         host: HostAccess,
         state: State,
         signature: Hashable,
     ) -> None:
         self.signature, self.team, self.host, self.shards = signature, team, host, list(shards)
-        table = agree_on_slots(shards, groups_of, identities, [settings_of(s) for s in switches], team)
-        self.slots, self.slot_of_shard = table.slots, table.of_shard
+        self.slots, self.slot_of_shard, self.frozen = table.slots, table.of_shard, list(frozen)
+        self._groups_of, self._switches = list(groups_of), list(switches)
         for slot in table.slots:
             if slot.dtype not in DTYPES:
                 raise ValueError(
-                    f"a parameter of shape {slot.shape} in group {slot.group} is {slot.dtype}: weights may be "
-                    f"{', '.join(DTYPES)}. In fp16 second moments vanish; keep the weights in fp32 and compute in fp16 "
-                    "under torch.autocast, or use bfloat16"
+                    f"{slot} has {slot.dtype} weights: allowed are {', '.join(DTYPES)}. In fp16 second moments vanish; "
+                    "keep the weights in fp32 and compute in fp16 under torch.autocast, or use bfloat16"
                 )
         device = shards[0].weights().device
         factored = []
@@ -79,35 +81,36 @@ class Plan:
             dtype = torch.float32 if switch.factored_fp32 else getattr(torch, slot.dtype.removeprefix("torch."))
             factored.append(None if axes is None else (axes, switch.quirks, dtype))
         self.moments = FactoredMoments(factored, device)
-        self.sums = torch.zeros(len(self.moments), dtype=torch.float32, device=device)
-        self.stats = torch.zeros(len(table.slots), len(Stat), dtype=torch.float64, device=device)
         self.parameters = torch.zeros(len(PARAMETER_NUMBERS), len(table.slots), dtype=torch.float64, device=device)
         self.traits = Traits.of(table, switches, device)
+        self._state = state
         for shard, index, group in zip(shards, self.slot_of_shard, groups_of, strict=True):
             self._complete_state(shard, index, switches[group], state[shard.param])
-        switch_of = [switches[group] for group in groups_of]
-        self.works = plan_work(shards, self.slot_of_shard, switch_of, self.moments, state)
-        self._state = state
+        self.works = self._plan_work(frozen)
         self._first = self._a_state_tensor()
         self._unseen = [
             (shard, slot)
             for shard, slot in zip(shards, self.slot_of_shard, strict=True)
             if not state[shard.param]["step"]
         ]
+        self._shapes = [shard.weights().shape for shard in shards]
+        self._named: set[Tensor] = set()
+        self._search: PendingCopy | None = None
         self._present: tuple[tuple[bool, ...], Tensor] | None = None
         self.reduces_sums_early = any(
             f is not None and not switches[s.group].adopt for f, s in zip(factored, table.slots, strict=True)
         )
         self.adopts = bool(len(self.moments)) and any(switches[s.group].adopt for s in table.slots)
         self.needs_norms = any(switches[s.group].needs_norms for s in table.slots)
-        self.counts_masks_late = any(switches[s.group].counts_mask_late for s in table.slots)
-
-        # One all-reduce each; what nothing waits for rides on the one that comes anyway.
-        self.first_reduction = (self.sums,) if self.needs_norms else (self.sums, self.stats)
-        if not self.reduces_sums_early:
-            self.second_reduction: tuple[Tensor, ...] = (self.stats, self.sums) if len(self.moments) else (self.stats,)
-        else:
-            self.second_reduction = (self.stats,) if self.needs_norms else ()
+        self.reductions = Reductions(
+            team,
+            len(table.slots),
+            len(self.moments),
+            device,
+            sums_early=self.reduces_sums_early,
+            needs_norms=self.needs_norms,
+            masks_late=any(switches[s.group].counts_mask_late for s in table.slots),
+        )
 
     def _complete_state(self, shard: Shard, slot: int, switches: Switches, state: dict[str, Any]) -> None:
         """Add the state that a parameter lacks, and move its factored moments into the flat buffer."""
@@ -130,7 +133,7 @@ class Plan:
                 if name in state:
                     view.copy_(state[name])
                 state[name] = view
-        if switches.statistics:
+        if not self.frozen[self.slots[slot].group]:
             dtype = statistics_dtype(weights.dtype, quirks=switches.quirks)
             if "p0" not in state:
                 state["p0"] = samples_of(shard, weights).to(dtype)
@@ -143,6 +146,22 @@ class Plan:
             value = state.setdefault(name, 0.0)
             if value:
                 row[slot] = value
+
+    def _plan_work(self, frozen: Sequence[bool]) -> list[Work]:
+        switch_of = [replace(self._switches[group], statistics=not frozen[group]) for group in self._groups_of]
+        return plan_work(self.shards, self.slot_of_shard, switch_of, self.moments, self._state)
+
+    def freeze(self, frozen: Sequence[bool]) -> None:
+        """Free p0 and s of groups whose step size no longer adapts, when this rank learns of it.
+
+        Ranks may learn of it in different steps: the device has gated their sums out, so nothing else depends on it.
+        """
+        for shard, group in zip(self.shards, self._groups_of, strict=True):
+            if frozen[group]:
+                self._state[shard.param].pop("p0", None)
+                self._state[shard.param].pop("s", None)
+        self.works = self._plan_work(frozen)
+        self.frozen = list(frozen)
 
     def is_current(self) -> bool:
         """Whether the state still holds the tensors that the work looks at. Offloading it and back replaces them."""
@@ -170,20 +189,34 @@ class Plan:
         if not self.host.free:
             self._unseen = [(s, slot) for s, slot in self._unseen if s.gradient() is None]
 
-    def begin(self) -> None:
-        """Empty the buffers of the step and note which gradients are here."""
-        self.sums.zero_()
-        self.stats.zero_()
+    def begin(self, unsound: Tensor) -> None:
+        """Empty the buffers of the step, and note which gradients are here and how many numbers are not finite."""
+        self.reductions.begin()
         self._complete_gradients()
+        gradients = [shard.gradient() for shard in self.shards]
+        for shard, slot, shape, gradient in zip(self.shards, self.slot_of_shard, self._shapes, gradients, strict=True):
+            if shard.weights().shape != shape or (gradient is not None and _does_not_fit(gradient, shape)):
+                self._refuse(shard, slot, shape, gradient)
         for work in self.works:
             work.read()
-        present = tuple([shard.gradient() is not None for shard in self.shards])
+        present = tuple([gradient is not None for gradient in gradients])
         if self._present is None or self._present[0] != present:
             column = torch.zeros(len(self.slots), dtype=torch.float64)
             for slot, is_here in zip(self.slot_of_shard, present, strict=True):
                 column[slot] = float(is_here)
-            self._present = (present, column.to(self.stats.device))
-        self.stats[:, Stat.PRESENT] = self._present[1]
+            self._present = (present, column.to(self.parameters.device))
+        self.reductions.table.stats[:, Stat.PRESENT] = self._present[1]
+        self.reductions.last.outcome[Outcome.UNSOUND] = unsound
+
+    def _refuse(self, shard: Shard, slot: int, shape: torch.Size, gradient: Tensor | None) -> None:
+        what = f"the weights have shape {tuple(shard.weights().shape)}"
+        if gradient is not None and _does_not_fit(gradient, shape):
+            what = f"the gradient is {gradient.layout}, {gradient.dtype}, of shape {tuple(gradient.shape)}"
+        raise ValueError(
+            f"{what}, but the optimizer has state for strided weights of shape {tuple(shape)} of {self.slots[slot]}: "
+            "make gradients dense (sparse=False), do not replace param.data by a tensor of another shape, or build a "
+            "new optimizer"
+        )
 
     def end(self) -> None:
         """Let go of what belongs to the step."""
@@ -203,12 +236,41 @@ class Plan:
         for group, of_group in parts.items():
             Team(group).sum_(*[tensor for _, tensor in of_group])
 
+    def count_unsound_weights(self) -> Tensor:
+        """How many of this rank's parameters have weights that are not finite; says which. Waits for the device."""
+        sound = self._soundness()
+        self._name_unsound(sound.tolist())
+        return (~sound).sum().double()
+
+    def search_unsound_weights(self, *, begin: bool) -> None:
+        """Say which weights are not finite, in a later call than the one that begins to look. Does not wait."""
+        if self._search is not None:
+            arrived = self._search.take()
+            if arrived is not None:
+                self._search = None
+                self._name_unsound(arrived.tolist())
+        elif begin:
+            self._search = self.host.start_copy(self._soundness())
+
+    def _soundness(self) -> Tensor:
+        return torch.stack([shard.weights().isfinite().all() for shard in self.shards])
+
+    def _name_unsound(self, sound: list[bool]) -> None:
+        for shard, slot, is_sound in zip(self.shards, self.slot_of_shard, sound, strict=True):
+            if not is_sound and shard.param not in self._named:
+                self._named.add(shard.param)
+                logger.warning("the weights of %s are not finite: steps change nothing", self.slots[slot])
+
     def settle(self) -> None:
         """Bring the numbers of each parameter into its state, as plain numbers. Waits for the device."""
         table = self.parameters.tolist()
         for shard, slot in zip(self.shards, self.slot_of_shard, strict=True):
             for name, row in zip(PARAMETER_NUMBERS, table, strict=True):
                 self._state[shard.param][name] = row[slot]
+
+
+def _does_not_fit(gradient: Tensor, shape: torch.Size) -> bool:
+    return gradient.layout is not torch.strided or gradient.shape != shape
 
 
 def samples_of(shard: Shard, local: Tensor) -> Tensor:

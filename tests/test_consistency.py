@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ppsf_dist import ProdigyPlusScheduleFree, check_replicas
-from ppsf_dist.consistency import checksum
+from ppsf_dist.sharding.fingerprint import checksum
 from tests.harness.layouts import LAYOUTS, Layout, set_grads, shard_parameters
 from tests.harness.models import gradient_sequence, initial_weights, named_shapes
 from tests.harness.pool import run
@@ -21,7 +22,27 @@ from tests.switches import EVERY, Switch
 SHAPES = named_shapes("small")
 DIFFERENT = 1
 """The rank that is not like the others."""
-FAULTS = ["shape", "switch", "groups", "order", "missing", "dtype"]
+NUMBERS: dict[str, Any] = {
+    "lr": 0.5,
+    "betas": (0.9, 0.95),
+    "beta3": 0.9,
+    "weight_decay": 0.1,
+    "d0": 1e-5,
+    "d_coef": 1.5,
+    "d_limiter": False,
+    "prodigy_steps": 7,
+    "schedulefree_c": 50,
+    "eps": 1e-6,
+    "split_groups": False,
+    "split_groups_mean": True,
+    "use_bias_correction": True,
+    "use_cautious": True,
+    "reference_quirks": False,
+    "seed": 7,
+}
+"""Arguments of which one rank has another value."""
+
+FAULTS = ["shape", "groups", "order", "missing", "dtype", "named", "swapped", "content", "release", *NUMBERS]
 
 pytestmark = pytest.mark.dist
 
@@ -40,10 +61,8 @@ def first_step(layout: Layout, fault: str) -> str:
     parameters = shard_parameters(full, layout)
     gradients = next(iter(gradient_sequence(shapes, 1)))
     set_grads(parameters, {name: g.to(full[name].dtype) if g is not None else g for name, g in gradients.items()})
-    switches: Switch = {}
+    switches: Switch = {fault: NUMBERS[fault]} if is_different and fault in NUMBERS else {}
     groups = 2
-    if is_different and fault == "switch":
-        switches = {"use_cautious": True}
     if is_different and fault == "groups":
         groups = 3
     if is_different and fault == "missing":
@@ -51,30 +70,66 @@ def first_step(layout: Layout, fault: str) -> str:
     dealt = make_groups(parameters, groups)
     if is_different and fault == "order":
         dealt[0]["params"][0], dealt[0]["params"][1] = dealt[0]["params"][1], dealt[0]["params"][0]
+    if fault in ("named", "swapped"):
+        # Two parameters of one shape: only their names tell that a rank has swapped them.
+        twins = shard_parameters({name: torch.ones(33, 40) for name in ("query", "key")}, layout)
+        order = list(twins.items())[:: -1 if is_different and fault == "swapped" else 1]
+        if is_different and fault == "named":
+            order[1] = ("value", order[1][1])
+        dealt = [{"params": order}]
+    if is_different and fault == "content":
+        for parameter in parameters.values():
+            if local(parameter).numel():
+                change_one_bit(local(parameter.detach()))
+    optimizer = ProdigyPlusScheduleFree(dealt, **switches)
+    if is_different and fault == "release":
+        # As a rank does on whose host an older release is installed.
+        older = {**optimizer._engine.common(), "the release of ppsf_dist": "0.0.1"}
+        optimizer._engine.common = lambda: older  # type: ignore[method-assign]
     try:
-        ProdigyPlusScheduleFree(dealt, **switches).step()
+        optimizer.step()
     except RuntimeError as error:
+        assert not optimizer.state, "a refused first step has made state"
         return str(error)
     return ""
 
 
 EXPECTED = {
-    "shape": "parameter 4 is torch.float32 (64, 48) in group 1 on one and torch.float32 (64, 56) in group 1",
-    "dtype": "parameter 4 is torch.float32 (64, 48) in group 1 on one and torch.bfloat16 (64, 48) in group 1",
-    "switch": "disagree about the arguments of parameter group 0",
+    "shape": "where one has parameter 4 (torch.float32 (64, 48) in group 1), the other has parameter 4 (torch.float32 ",
+    "dtype": "where one has parameter 4 (torch.float32 (64, 48) in group 1), the other has parameter 4 (torch.bfloat16",
     "groups": "have 2 and 3 parameter groups",
-    "order": "parameter 0 is torch.float32 (48, 64) in group 0 on one and torch.float32 (7, 33) in group 0",
+    "order": "where one has parameter 0 (torch.float32 (48, 64) in group 0), the other has parameter 0 (torch.float32 ",
     "missing": "list 8 and 7 of them",
+    "named": "where one has parameter 1 'key' (torch.float32 (33, 40) in group 0), the other has parameter 1 'value'",
+    "swapped": "where one has parameter 0 'query' (torch.float32 (33, 40) in group 0), the other has parameter 0 'key'",
+    "release": "the release of ppsf_dist of the optimizer is '0.1.0' on rank 0 and '0.0.1' on rank 1",
+    "seed": "seed of the optimizer is 0 on rank 0 and 7 on rank 1",
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+def first_steps(layout: Layout, faults: list[str]) -> dict[str, str]:
+    return {fault: first_step(layout, fault) for fault in faults}
+
+
 @pytest.mark.parametrize("layout", ["fsdp_2", "fsdp_4", "hsdp_2x2"])
-def test_first_step_raises_on_every_rank(layout: str, fault: str) -> None:
-    messages = run(LAYOUTS[layout].world_size, first_step, LAYOUTS[layout], fault)
-    assert len(set(messages)) == 1
-    assert EXPECTED[fault] in messages[0]
-    assert "0 and 1" in messages[0] or "rank 0 and rank 1" in messages[0]
+def test_first_step_raises_on_every_rank(layout: str) -> None:
+    faults = [fault for fault in FAULTS if fault != "content"]
+    told = run(LAYOUTS[layout].world_size, first_steps, LAYOUTS[layout], faults)
+    for fault in faults:
+        messages = {of_rank[fault] for of_rank in told}
+        assert len(messages) == 1, fault
+        (message,) = messages
+        default = inspect.signature(ProdigyPlusScheduleFree).parameters[fault].default if fault in NUMBERS else None
+        expected = f"{fault} of parameter group 0 is {default!r} on rank 0 and {NUMBERS.get(fault)!r} on rank 1"
+        assert EXPECTED.get(fault, expected) in message
+        assert "0 and 1" in message or "rank 0 and " in message
+
+
+@pytest.mark.parametrize("layout", ["hsdp_2x2", "mixed", "fsdp_tp_2x2"])
+def test_copies_that_begin_with_other_values(layout: str) -> None:
+    messages = set(run(LAYOUTS[layout].world_size, first_step, LAYOUTS[layout], "content"))
+    assert len(messages) == 1
+    assert "does not begin with the same values on rank" in messages.pop()
 
 
 def test_first_step_of_ranks_that_are_alike() -> None:

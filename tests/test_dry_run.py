@@ -63,6 +63,8 @@ def held(model: nn.Module, optimizer: ProdigyPlusScheduleFree) -> Share:
 def held_as_state(optimizer: ProdigyPlusScheduleFree, parameters: list[nn.Parameter]) -> Share:
     (plan,) = optimizer._engine.plans.values()
     assert optimizer._engine.numbers is not None
+    sums = plan.reductions
+    tables_of_sums = [table.flat for table in (sums.table, sums.masks) if table is not None]
 
     def state(*names: str) -> int:
         return size(local(optimizer.state[p][name]) for p in parameters for name in names if name in optimizer.state[p])
@@ -76,7 +78,7 @@ def held_as_state(optimizer: ProdigyPlusScheduleFree, parameters: list[nn.Parame
         second_moments=state("exp_avg_sq"),
         samples=state("p0", "s"),
         factored=factored,
-        numbers=size([plan.parameters, plan.stats, plan.sums, optimizer._engine.numbers.values]),
+        numbers=size([plan.parameters, *tables_of_sums, sums.sums, optimizer._engine.numbers.values]),
         indices=size(tables),
     )
 

@@ -24,6 +24,7 @@ def shards_with_experts(params: Sequence[Tensor]) -> list[Shard]:
         shard = plain_shard(param)
         shard.domain = expert_ranks(param) if is_expert(param) else world
         shard.owner = dist.get_rank() == shard.domain[0]
+        shard.copied = len(shard.domain) > 1
         shards.append(shard)
     return shards
 

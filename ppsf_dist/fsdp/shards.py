@@ -153,16 +153,18 @@ def dtensor_shards(params: list[DTensor]) -> list[Shard]:
         own, domain = ranks[param.device_mesh], domains[root]
         _check_domain(param, own, domain)
         coordinate: list[int] = list(param.device_mesh.get_coordinate() or ())
-        first_copy = domain[0] in own
+        first_copy, copies = domain[0] in own, len(domain) // len(own)
         for mesh_axis, placement in enumerate(param.placements):
             if placement.is_partial():
                 raise ValueError(
                     f"a parameter of shape {tuple(param.shape)} has placements {param.placements}: a Partial parameter "
                     "has no value of its own; redistribute it to Replicate() or Shard() before training"
                 )
-            if _sharded_axis(placement) is None and coordinate[mesh_axis] != 0:
-                first_copy = False
-        shards.append(DTensorShard(param, tuple(param.shape), (local_box(param),), first_copy, domain))
+            if _sharded_axis(placement) is None:
+                copies *= param.device_mesh.size(mesh_axis)
+                first_copy = first_copy and coordinate[mesh_axis] == 0
+        box = local_box(param)
+        shards.append(DTensorShard(param, tuple(param.shape), (box,), first_copy, domain, copied=copies > 1))
     return shards
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from ppsf_dist.kernels.writes import Writes
 from ppsf_dist.work import Work
 
 
@@ -17,8 +18,8 @@ class Stat(IntEnum):
 
     PRESENT = 0
     """How many ranks have a gradient."""
-    GRAD_SQUARE = 1
-    """Sum of g^2: not finite if any element is not."""
+    LARGEST_SQUARE = 1
+    """Sum over pieces of their largest g^2 (or sum of g^2 in a row): not finite if the square of any element is not."""
     DOT = 2
     """Sum of g (p0 - point) over the samples."""
     S_L1 = 3
@@ -106,6 +107,16 @@ class Kernels(Protocol):
         """Size of the mask of the schedule-free cautious update."""
 
     def pass_3(
-        self, works: Sequence[Work], coefficients: Tensor, factors: Tensor, scales: Tensor, gates: Gates, keys: Tensor
+        self,
+        works: Sequence[Work],
+        coefficients: Tensor,
+        factors: Tensor,
+        scales: Tensor,
+        gates: Gates,
+        keys: Tensor,
+        writes: Writes,
     ) -> None:
-        """Write y, z, the elementwise moments and s."""
+        """Write y, z, the elementwise moments and s, through ``writes``: an exception in here is a pause.
+
+        Called again with the same arguments it goes on where the exception has ended it.
+        """

@@ -25,6 +25,7 @@ class Shard:
         owner: whether this rank counts these elements in sums over the parameter. Exactly one rank counts each.
         completed: the gradient of this step, where the parameter's ``grad`` holds only this rank's summand.
         domain: ranks among which the parameter is divided or repeated, in order; empty for this process alone.
+        copied: whether other ranks hold the same elements.
     """
 
     param: Tensor
@@ -32,6 +33,7 @@ class Shard:
     boxes: tuple[Box, ...]
     owner: bool = True
     domain: tuple[int, ...] = ()
+    copied: bool = False
     completed: Tensor | None = None
 
     def weights(self) -> Tensor:

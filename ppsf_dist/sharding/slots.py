@@ -1,14 +1,23 @@
-"""One slot for each logical parameter of a team, agreed between its ranks."""
+"""One slot for each logical parameter of a team, and everything else that its ranks must agree on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
+from ppsf_dist.sharding.fingerprint import Entry, checksum, first_difference, key, name_ranks
 from ppsf_dist.sharding.geometry import Shape
 from ppsf_dist.sharding.shard import Shard
 from ppsf_dist.sharding.team import Team
+
+Settings = Mapping[str, object]
+
+
+class Disagreement(RuntimeError):
+    """Ranks differ in what they must agree on, or one of them has failed. Raised on every rank alike."""
 
 
 class Slot(NamedTuple):
@@ -20,12 +29,18 @@ class Slot(NamedTuple):
         dtype: of its weights.
         identity: a number that stays with the parameter whatever the layout (its position among all parameters of the
             optimizer): stochastic rounding depends on it.
+        name: in the model; empty where the optimizer was not told.
     """
 
     group: int
     shape: Shape
     dtype: str
     identity: int
+    name: str = ""
+
+    def __str__(self) -> str:
+        name = f" '{self.name}'" if self.name else ""
+        return f"parameter {self.identity}{name} ({self.dtype} {self.shape} in group {self.group})"
 
 
 @dataclass(frozen=True)
@@ -36,15 +51,25 @@ class SlotTable:
     of_shard: tuple[int, ...]
 
 
-Description = dict[tuple[int, ...], list[Slot]]
+@dataclass(frozen=True)
+class Agreement:
+    """What a rank brings to the making of a plan.
+
+    Attributes:
+        slots: its parameters by the ranks among which they are divided or repeated.
+        common: what belongs to the whole optimizer, by name: seed, release.
+        settings: the arguments and numbers of each group, by name.
+        failure: what kept this rank from bringing more.
+    """
+
+    slots: Mapping[tuple[int, ...], list[Slot]]
+    common: Settings
+    settings: Sequence[Settings]
+    failure: str | None = None
 
 
 def agree_on_slots(
-    shards: Sequence[Shard],
-    groups: Sequence[int],
-    identities: Sequence[int],
-    settings: Sequence[object],
-    team: Team,
+    shards: Sequence[Shard], slots: Sequence[Slot], common: Settings, settings: Sequence[Settings], team: Team
 ) -> SlotTable:
     """Number the logical parameters of a team in the same way on every rank. Waits for all ranks.
 
@@ -53,40 +78,35 @@ def agree_on_slots(
 
     Args:
         shards: the local shards, in the order of ``param_groups``.
-        groups: the group of each.
-        identities: the number of each that is the same in every layout.
-        settings: one comparable description of each group's arguments.
+        slots: what each of them belongs to.
+        common: what ranks must agree on for the whole optimizer, by name.
+        settings: the same for each group.
         team: the ranks that take part.
 
     Raises:
-        RuntimeError: ranks disagree about groups, arguments or parameters. Raised on every rank alike; it names the
-            ranks and the first difference.
+        Disagreement: ranks disagree about groups, arguments or parameters, or one has failed. Raised on every rank
+            alike; it names the ranks and the first difference.
     """
-    mine: Description = {}
-    for shard, group, identity in zip(shards, groups, identities, strict=True):
-        slot = Slot(group, shard.shape, str(shard.weights().dtype), identity)
+    mine: dict[tuple[int, ...], list[Slot]] = {}
+    for shard, slot in zip(shards, slots, strict=True):
         mine.setdefault(shard.domain, []).append(slot)
-    everyone = team.gather((mine, list(settings)))
-    described: list[tuple[Description, list[object]]] = [d for d in everyone if isinstance(d, tuple)]
-    _check_settings(team, [settings for _, settings in described])
+    everyone = _exchange(Agreement(mine, common, settings), team)
+    compare_settings(team, [theirs.common for theirs in everyone], "of the optimizer")
+    compare_groups(team, [theirs.settings for theirs in everyone])
     table: dict[tuple[int, ...], list[Slot]] = {}
     first_rank: dict[tuple[int, ...], int] = {}
-    for position, (description, _) in enumerate(described):
-        rank = team.ranks[position] if team.ranks else 0
-        for domain, slots in description.items():
+    for position, theirs in enumerate(everyone):
+        rank = _rank(team, position)
+        for domain, of_domain in theirs.slots.items():
             if domain not in table:
-                table[domain], first_rank[domain] = slots, rank
-            elif table[domain] != slots:
-                raise RuntimeError(_difference(first_rank[domain], table[domain], rank, slots))
-    if team.is_alone or list(table) == list(mine):
-        domains = list(mine)
-    else:
-        domains = sorted(table)
-    start, offsets = 0, {}
+                table[domain], first_rank[domain] = of_domain, rank
+            elif difference := _difference(first_rank[domain], table[domain], rank, of_domain):
+                raise Disagreement(difference)
+    domains = list(mine) if team.is_alone or list(table) == list(mine) else sorted(table)
+    start, taken = 0, {}
     for domain in domains:
-        offsets[domain] = start
+        taken[domain] = start
         start += len(table[domain])
-    taken = dict(offsets)
     of_shard = []
     for shard in shards:
         of_shard.append(taken[shard.domain])
@@ -94,30 +114,140 @@ def agree_on_slots(
     return SlotTable(tuple(slot for domain in domains for slot in table[domain]), tuple(of_shard))
 
 
-def _check_settings(team: Team, settings: list[list[object]]) -> None:
-    for position, other in enumerate(settings[1:], start=1):
-        if other == settings[0]:
-            continue
-        ranks = f"rank {team.ranks[0]} and rank {team.ranks[position]}"
-        if len(other) != len(settings[0]):
-            raise RuntimeError(f"{ranks} have {len(settings[0])} and {len(other)} parameter groups: give both the same")
-        index = next(i for i, (a, b) in enumerate(zip(settings[0], other, strict=True)) if a != b)
-        raise RuntimeError(
-            f"{ranks} disagree about the arguments of parameter group {index}: "
-            f"{settings[0][index]} and {other[index]}: build the optimizer in the same way on every rank"
+def tell_failure(error: BaseException, team: Team) -> None:
+    """Bring nothing but a failure to the making of a plan, so that the other ranks do not wait."""
+    team.gather(Agreement({}, {}, [], failure=describe(error)), why="the other ranks' parameters and arguments")
+
+
+def confirm(error: Exception | None, shards: Sequence[Shard], slots: Sequence[Slot], team: Team) -> None:
+    """The end of making a plan: every rank has one, and copies of a parameter begin with the same values.
+
+    Args:
+        error: what has kept this rank from making its plan.
+        shards: local shards of parameters that have not been stepped yet.
+        slots: what each of them belongs to.
+        team: the ranks that take part.
+
+    Raises:
+        Disagreement: a rank has failed, or copies differ. Raised on every rank alike.
+    """
+    if team.is_alone:
+        if error is not None:
+            raise error
+        return
+    copies = [(shard, slot) for shard, slot in zip(shards, slots, strict=True) if shard.copied and shard.boxes]
+    sums = [] if error else [checksum([shard.weights()], shard.weights().device) for shard, _ in copies]
+    keys = [key((shard.domain, slot.identity, shard.shape, shard.boxes)) for shard, slot in copies]
+    entries = [Entry(k, v) for k, v in zip(keys, torch.stack(sums).tolist() if sums else [], strict=False)]
+    names = dict(zip(keys, map(str, (slot for _, slot in copies)), strict=True))
+    told = team.gather((describe(error) if error else None, entries, names), why="the other ranks' plans")
+    everyone: list[tuple[str | None, list[Entry], dict[int, str]]] = [t for t in told if isinstance(t, tuple)]
+    try:
+        _raise_failure([failure for failure, _, _ in everyone], team)
+    except Disagreement as others:
+        raise error or others from error
+    differing = first_difference([theirs for _, theirs, _ in everyone])
+    if differing is not None:
+        name = next(of_rank[differing[0]] for _, _, of_rank in everyone if differing[0] in of_rank)
+        where = " and ".join(name_ranks([_rank(team, position) for position in side]) for side in differing[1])
+        raise Disagreement(
+            f"{name} does not begin with the same values on {where}: copies of a parameter must start equal; load or "
+            "broadcast the same weights on all ranks, and give the optimizer the same parameters in the same order"
         )
 
 
-def _difference(rank_a: int, a: list[Slot], rank_b: int, b: list[Slot]) -> str:
-    advice = "give the optimizer the same parameters in the same order and groups on both"
-    for index, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return (
-                f"ranks {rank_a} and {rank_b} hold the same parameters, but parameter {index} is {_name(x)} on one and "
-                f"{_name(y)} on the other: {advice}"
+def describe(error: BaseException) -> str:
+    """An exception in a line, for other ranks."""
+    return f"{type(error).__name__}: {error}"
+
+
+def share_failure(failure: str | None, team: Team) -> None:
+    """Exchange what has kept ranks from stepping, once all of them know that something has.
+
+    Raises:
+        Disagreement: names the ranks and their reasons. Raised on every rank alike.
+    """
+    told = team.gather(failure, why="the other ranks' errors")
+    _raise_failure([None if text is None else str(text) for text in told], team)
+
+
+def _raise_failure(failures: Sequence[str | None], team: Team) -> None:
+    said = [f"rank {_rank(team, i)}: {text}" for i, text in enumerate(failures) if text is not None]
+    if said:
+        raise Disagreement(f"no rank has made this step, because of {'; '.join(said)}")
+
+
+def _exchange(mine: Agreement, team: Team) -> list[Agreement]:
+    told = team.gather(mine, why="the other ranks' parameters and arguments")
+    everyone = [theirs for theirs in told if isinstance(theirs, Agreement)]
+    _raise_failure([theirs.failure for theirs in everyone], team)
+    return everyone
+
+
+def _rank(team: Team, position: int) -> int:
+    return team.ranks[position] if team.ranks else 0
+
+
+def compare_settings(team: Team, everyone: Sequence[Settings], where: str) -> None:
+    """Compare named values between ranks.
+
+    Raises:
+        Disagreement: names the first that differs, its values, and where it belongs. Raised on every rank alike.
+    """
+    first = everyone[0]
+    for position, theirs in enumerate(everyone[1:], start=1):
+        for name, value in first.items():
+            # Their text: it tells NaN from nothing, and 1 from True.
+            if repr(theirs.get(name)) != repr(value):
+                raise Disagreement(
+                    f"{name} {where} is {value!r} on rank {_rank(team, 0)} and {theirs.get(name)!r} on rank "
+                    f"{_rank(team, position)}: build, load and change the optimizer in the same way on every rank"
+                )
+
+
+def compare_groups(team: Team, everyone: Sequence[Sequence[Settings]]) -> None:
+    """Compare the arguments and numbers of all groups between ranks.
+
+    Raises:
+        Disagreement: names the first that differs. Raised on every rank alike.
+    """
+    first = everyone[0]
+    for position, theirs in enumerate(everyone[1:], start=1):
+        if len(theirs) != len(first):
+            raise Disagreement(
+                f"rank {_rank(team, 0)} and rank {_rank(team, position)} have {len(first)} and {len(theirs)} "
+                "parameter groups: give both the same"
             )
-    return f"ranks {rank_a} and {rank_b} hold the same parameters, but list {len(a)} and {len(b)} of them: {advice}"
+    for index in range(len(first)):
+        compare_settings(team, [theirs[index] for theirs in everyone], f"of parameter group {index}")
 
 
-def _name(slot: Slot) -> str:
-    return f"{slot.dtype} {slot.shape} in group {slot.group}"
+def compare_names(team: Team, everyone: Sequence[Mapping[object, str]]) -> None:
+    """Compare the names of parameters that several ranks know, under the same keys.
+
+    Raises:
+        Disagreement: names the first that differs. Raised on every rank alike.
+    """
+    first: dict[object, tuple[int, str]] = {}
+    for position, names in enumerate(everyone):
+        for place, name in names.items():
+            rank, known = first.setdefault(place, (_rank(team, position), name))
+            if known != name:
+                raise Disagreement(
+                    f"a parameter is '{known}' on rank {rank} and '{name}' on rank {_rank(team, position)}: give the "
+                    "optimizer the same parameters in the same order on both"
+                )
+
+
+def _difference(rank_a: int, a: list[Slot], rank_b: int, b: list[Slot]) -> str | None:
+    advice = "give the optimizer the same parameters in the same order and groups on both"
+    for x, y in zip(a, b, strict=False):
+        same_name = x.name == y.name or not (x.name and y.name)
+        if x._replace(name="") != y._replace(name="") or not same_name:
+            return (
+                f"ranks {rank_a} and {rank_b} hold the same parameters, but where one has {x}, the other has {y}: "
+                f"{advice}"
+            )
+    if len(a) != len(b):
+        return f"ranks {rank_a} and {rank_b} hold the same parameters, but list {len(a)} and {len(b)} of them: {advice}"
+    return None

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import AllreduceOptions
+
+
+class CollectiveFailed(RuntimeError):
+    """A collective has not come to its end: ranks are missing, or the network is."""
 
 
 class Team:
@@ -14,46 +20,87 @@ class Team:
 
     Args:
         group: their process group, or None for a process alone: every reduction is then free.
+
+    Attributes:
+        arrived: whether the last :meth:`sum_` has its sums, which an exception such as a ctrl-C alone does not tell.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self._device_types = _device_types(group)
+        self.arrived = True
         self.ranks: tuple[int, ...] = tuple(dist.get_process_group_ranks(group)) if group is not None else ()
 
     @property
     def is_alone(self) -> bool:
         return len(self.ranks) <= 1
 
-    def sum_(self, *tensors: Tensor) -> None:
+    def sum_(self, *tensors: Tensor, why: str = "sums of all ranks") -> None:
         """Sum tensors over the team, in place, in one all-reduce.
 
         Several tensors travel in one buffer of the widest dtype among them.
+
+        Args:
+            tensors: to be summed, each with those of the other ranks in its place.
+            why: what they are, for the error's message.
+
+        Raises:
+            CollectiveFailed: a rank has not come, or the network has failed.
         """
-        if self.is_alone or not tensors:
+        self.arrived = self.is_alone or not tensors
+        if self.arrived:
             return
         device = self._device_for(tensors[0])
         if len(tensors) == 1 and tensors[0].device == device:
-            dist.all_reduce(tensors[0], group=self.group)
+            self._all_reduce(tensors[0], (), why)
             return
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
         flat = torch.cat([t.reshape(-1).to(device=device, dtype=dtype) for t in tensors])
-        dist.all_reduce(flat, group=self.group)
-        start = 0
-        for tensor in tensors:
-            tensor.copy_(flat[start : start + tensor.numel()].view(tensor.shape))
-            start += tensor.numel()
+        self._all_reduce(flat, tensors, why)
 
     def fill_(self, tensor: Tensor) -> None:
         """Complete a tensor of which each rank has filled in a part of its own, with zeros elsewhere, in place.
 
         Every bit arrives as it was, in any dtype.
+
+        Raises:
+            CollectiveFailed: a rank has not come, or the network has failed.
         """
         if not self.is_alone and tensor.numel():
             parts = tensor.view(-1).view(torch.uint8)
             here = parts.to(self._device_for(tensor))
-            dist.all_reduce(here, group=self.group)
+            self._all_reduce(here, (), "the parts of a tensor")
             parts.copy_(here)
+
+    def _all_reduce(self, flat: Tensor, tensors: Sequence[Tensor], why: str) -> None:
+        """Sum a flat tensor and copy its parts to where they belong.
+
+        Where a ctrl-C comes in between, the sums arrive all the same, because on the other ranks they do.
+        """
+        assert self.group is not None
+        options = AllreduceOptions()
+        options.asyncOp = False
+        started: list[Any] = []
+        try:
+            # Both run in C: no signal is handled between the start of the sum and the knowledge that it has started.
+            started.extend(map(self.group.allreduce, [[flat]], [options]))
+            self._finish(started, flat, tensors)
+        except RuntimeError as error:
+            raise self._failed(why, error) from error
+        except BaseException:
+            if started:
+                self._finish(started, flat, tensors)
+            raise
+
+    def _finish(self, started: Sequence[Any], flat: Tensor, tensors: Sequence[Tensor]) -> None:
+        for work in started:
+            if work is not None:
+                work.wait()
+        start = 0
+        for tensor in tensors:
+            tensor.copy_(flat[start : start + tensor.numel()].view(tensor.shape))
+            start += tensor.numel()
+        self.arrived = True
 
     def _device_for(self, tensor: Tensor) -> torch.device:
         """Where the ranks can reduce a tensor: NCCL cannot in the memory of the host, where offloaded weights lie."""
@@ -61,13 +108,27 @@ class Team:
             return tensor.device
         return torch.device(self._device_types[0], torch.accelerator.current_device_index())
 
-    def gather(self, value: object) -> list[object]:
-        """Every rank's picklable value, in the order of :attr:`ranks`. Waits for the host: not for use in a step."""
+    def gather(self, value: object, *, why: str) -> list[object]:
+        """Every rank's picklable value, in the order of :attr:`ranks`. Waits for the host: not for use in a step.
+
+        Raises:
+            CollectiveFailed: a rank has not come, or the network has failed.
+        """
         if self.is_alone:
             return [value]
         values: list[object] = [None] * len(self.ranks)
-        dist.all_gather_object(values, value, group=self.group)
+        try:
+            dist.all_gather_object(values, value, group=self.group)
+        except RuntimeError as error:
+            raise self._failed(why, error) from error
         return values
+
+    def _failed(self, why: str, error: RuntimeError) -> CollectiveFailed:
+        return CollectiveFailed(
+            f"rank {dist.get_rank()} waited for {why} with ranks {self.ranks}, and not all of them came: look at the "
+            "first error of the others, and see whether each rank calls step(), eval(), train(), state_dict() and "
+            f"load_state_dict() in the same order ({error})"
+        )
 
 
 def _device_types(group: dist.ProcessGroup | None) -> list[str]:

@@ -1,0 +1,264 @@
+"""The passes in plain PyTorch: readable, exact, on any device. The reference for every other backend.
+
+All arithmetic is fp32 on tiles of shape ``(pieces, *size)``. Scalars come as tensors and stay on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ppsf_dist.algorithm import direction, rounding, step_size
+from ppsf_dist.kernels.eager.tile import TileView
+from ppsf_dist.kernels.eager.workspace import Workspace
+from ppsf_dist.kernels.interface import Coefficients, Gates, Scales, Stat
+from ppsf_dist.kernels.writes import Write, Writes
+from ppsf_dist.work import Work
+
+
+class EagerKernels:
+    """Implements :class:`ppsf_dist.kernels.interface.Kernels`."""
+
+    def __init__(self) -> None:
+        self._workspace = Workspace()
+
+    def pass_1(self, works: Sequence[Work], coefficients: Tensor, factors: Tensor, sums: Tensor, stats: Tensor) -> None:
+        for work in works:
+            if not work.owned:
+                self._check_finite(work, coefficients, stats)
+                continue
+            switches = work.switches
+            row_sums = None if work.row_index is None else torch.zeros_like(work.row_index, dtype=torch.float32)
+            col_sums = None if work.col_index is None else torch.zeros_like(work.col_index, dtype=torch.float32)
+            local = self._local_stats(work, stats)
+            for view in self._tiles(work, coefficients, factors if switches.adopt else None):
+                square = torch.mul(view.g, view.g, out=self._workspace.take("u", view.g, view.shape))
+                if row_sums is not None and col_sums is not None and work.row_axis is not None:
+                    assert work.col_axis is not None
+                    view.tile.cut_axes(row_sums).add_(square.sum(work.row_axis + 1, keepdim=True))
+                    view.tile.cut_axes(col_sums).add_(square.sum(work.col_axis + 1, keepdim=True))
+                else:
+                    local[:, Stat.LARGEST_SQUARE] += _largest(square)
+                if switches.statistics:
+                    self._sample_sums(view, local)
+                if switches.counts_mask_early:
+                    local[:, Stat.EARLY_MASK] += _sum(direction.aligned(view.g, view.momentum()))
+            if row_sums is not None and col_sums is not None:
+                assert work.row_index is not None and work.col_index is not None
+                sums.index_add_(0, work.row_index.view(-1), row_sums.view(-1))
+                sums.index_add_(0, work.col_index.view(-1), col_sums.view(-1))
+                local[:, Stat.LARGEST_SQUARE] += _largest(row_sums)
+            stats.index_add_(0, work.slot_index, local)
+
+    def pass_2(self, works: Sequence[Work], coefficients: Tensor, factors: Tensor, stats: Tensor) -> None:
+        for work in works:
+            if not (work.owned and work.switches.needs_norms):
+                continue
+            local = self._local_stats(work, stats)
+            for view in self._tiles(work, coefficients, factors):
+                u = view.direction()[0]
+                if work.switches.orthograd:
+                    # fp64: the part of u orthogonal to w comes from a difference of these sums.
+                    u, w = u.double(), view.point().double()
+                    local[:, Stat.WW] += _sum(w * w)
+                    local[:, Stat.WU] += _sum(w * u)
+                local[:, Stat.UU] += _dot(u.double() if work.switches.adopt else u)
+            stats.index_add_(0, work.slot_index, local)
+
+    def count_masks(
+        self, works: Sequence[Work], coefficients: Tensor, factors: Tensor, scales: Tensor, stats: Tensor
+    ) -> None:
+        for work in works:
+            if not (work.owned and work.switches.counts_mask_late):
+                continue
+            local = self._local_stats(work, stats)
+            of_work = Scales(*_columns(scales, work))
+            for view in self._tiles(work, coefficients, factors):
+                y = view.weights()
+                u = view.finished(view.direction()[0], of_work, y)
+                mask = view.masked_step(u, y, view.load_state("z"))[1]
+                assert mask is not None
+                local[:, Stat.LATE_MASK] += _sum(mask)
+            stats.index_add_(0, work.slot_index, local)
+
+    def pass_3(
+        self,
+        works: Sequence[Work],
+        coefficients: Tensor,
+        factors: Tensor,
+        scales: Tensor,
+        gates: Gates,
+        keys: Tensor,
+        writes: Writes,
+    ) -> None:
+        for work in works:
+            moment_gate, weight_gate = (_gate(gates, which, work) for which in (0, 1))
+            if moment_gate is False:
+                continue
+            of_work = Scales(*_columns(scales, work))
+            c, of_axes = Coefficients(*_columns(coefficients, work)), _of_axes(factors, work)
+            for tile in work.tiles:
+                view = partial(TileView, self._workspace, work, tile, c, of_axes)
+                writes.put(partial(self._stepped, view, of_work, moment_gate, weight_gate, keys))
+
+    def _stepped(
+        self,
+        make_view: Callable[[], TileView],
+        scales: Scales,
+        moment_gate: Tensor | bool,
+        weight_gate: Tensor | bool,
+        keys: Tensor,
+    ) -> Iterator[Write]:
+        """What a tile holds after the step."""
+        view = make_view()
+        u, moment, momentum = view.direction()
+        if moment is not None:
+            yield _gated(view.state("exp_avg_sq"), moment, moment_gate)
+        if weight_gate is False:
+            return
+        if momentum is not None:
+            yield _gated(view.state("exp_avg"), momentum, weight_gate)
+        if view.work.switches.statistics and not view.work.switches.speed:
+            new = view.gradient_sum(view.samples("s"), view.tile.sampled(view.g))
+            yield _gated(view.sample_pieces("s"), new, weight_gate)
+        y, z = self._moved(view, u, scales)
+        if view.work.switches.stochastic_rounding and view.weight_pieces[0].dtype == torch.bfloat16:
+            bits = self._random_bits(view, keys)
+            y = rounding.round_half_(y, rounding.high_half(bits))
+            if z is not None and view.work.states["z"][0].dtype == torch.bfloat16:
+                z = rounding.round_half_(z, rounding.low_half(bits))
+        yield _gated(view.weight_pieces, y, weight_gate)
+        if z is not None:
+            yield _gated(view.state("z"), z, weight_gate)
+
+    def _moved(self, view: TileView, u: Tensor, scales: Scales) -> tuple[Tensor, Tensor | None]:
+        """y and z after a step along the direction, beside the ones before it."""
+        c, switches = view.c, view.work.switches
+        decays_apart = switches.weight_decay and not switches.weight_decay_by_lr
+        y = view.weights()
+        if not switches.schedulefree:
+            u = view.finished(u, scales, y).mul_(c.delta)
+            kept = torch.mul(y, c.keep, out=view.beside("y")) if switches.weight_decay else y
+            return torch.sub(kept, u, out=view.beside("y")), None
+        z = view.load_state("z")
+        old_y = y.clone() if decays_apart else y
+        if switches.masks_update:
+            u = view.finished(u, scales, y)
+            step, mask = view.masked_step(u, y, z)
+            if mask is not None:
+                step.mul_(mask).mul_(scales.mask)
+            new_y = torch.sub(y, step, out=view.beside("y"))
+            v = u.mul_(c.delta)
+        else:
+            if switches.orthograd or switches.weight_decay:
+                v = view.finished(u, scales, y).mul_(c.delta)
+            else:
+                v = u.mul_(scales.advance)
+            new_y = torch.lerp(y, z, c.c, out=view.beside("y")).addcmul_(v, c.q, value=-1)
+        new_z = torch.sub(z, v, out=view.beside("z"))
+        if decays_apart:
+            new_z.addcmul_(old_y, c.weight_decay, value=-1)
+            new_y.addcmul_(old_y, c.weight_decay * c.q, value=-1)
+        return new_y, new_z
+
+    def _random_bits(self, view: TileView, keys: Tensor) -> Tensor:
+        """32 random bits for each element of the tile, from the element's place in the whole parameter."""
+        work, tile = view.work, view.tile
+        bits = self._workspace.take("bits", view.g, view.shape, torch.int32)
+        numel = bits[0].numel()
+        ones = [1] * len(tile.size)
+        relative = self._workspace.counting(view.g, numel).view(tile.size) if tile.relative is None else tile.relative
+        offset = (tile.offset + (1 << 31)) % (1 << 32) - (1 << 31)
+        torch.add(relative, (work.starts + offset).view(-1, *ones), out=bits)
+        bits.bitwise_xor_(keys[work.slot_index].view(-1, *ones))
+        return rounding.mix_(bits, self._workspace.take("shifted", view.g, view.shape, torch.int32))
+
+    def _check_finite(self, work: Work, coefficients: Tensor, stats: Tensor) -> None:
+        """A replica's part in the sums: 0, unless its gradient is not finite."""
+        local = self._local_stats(work, stats)
+        for view in self._tiles(work, coefficients, None):
+            square = torch.mul(view.g, view.g, out=self._workspace.take("u", view.g, view.shape))
+            local[:, Stat.LARGEST_SQUARE] += _largest(square) * 0
+        stats.index_add_(0, work.slot_index, local)
+
+    def _sample_sums(self, view: TileView, local: Tensor) -> None:
+        """Prodigy's and SPEED's sums over every 11th element."""
+        work = view.work
+        gradient = view.tile.sampled(view.g)
+        p0 = view.samples("p0")
+        stored = (work.states["z"] if work.switches.schedulefree else view.weight_pieces)[0].dtype
+        difference = step_size.displacement(p0, view.tile.sampled(view.point()), stored)
+        local[:, Stat.DOT] += _sum(gradient * difference)
+        if work.switches.speed:
+            local[:, Stat.DELTA_L1] += _sum(difference.abs())
+            local[:, Stat.DELTA_SQUARE] += _sum(difference * difference)
+        else:
+            s = view.gradient_sum(view.samples("s"), gradient)
+            local[:, Stat.S_L1] += _sum(s.float().abs_())
+
+    def _tiles(self, work: Work, coefficients: Tensor, factors: Tensor | None) -> Iterator[TileView]:
+        c = Coefficients(*_columns(coefficients, work))
+        of_axes = None if factors is None else _of_axes(factors, work)
+        for tile in work.tiles:
+            yield TileView(self._workspace, work, tile, c, of_axes)
+
+    @staticmethod
+    def _local_stats(work: Work, stats: Tensor) -> Tensor:
+        return torch.zeros(len(work.slots), stats.shape[1], dtype=stats.dtype, device=stats.device)
+
+
+def _columns(table: Tensor, work: Work) -> tuple[Tensor, ...]:
+    """The rows of a table (numbers by parameters) for the parameters of a work, shaped to broadcast on its tiles."""
+    if len(work.slots) == 1:
+        return table[:, work.slots[0]].unbind()
+    return table[:, work.slot_index].view(len(table), -1, *[1] * len(work.size)).unbind()
+
+
+def _of_axes(factors: Tensor, work: Work) -> tuple[Tensor, Tensor] | None:
+    """The factors of a work's rows and columns, if it is factored."""
+    if work.row_index is None or work.col_index is None:
+        return None
+    return factors[work.row_index], factors[work.col_index]
+
+
+def _sum(tile: Tensor) -> Tensor:
+    """Sum over each piece of a tile. torch sums in blocks, so fp64 is needed only to add up tiles."""
+    return tile.reshape(len(tile), -1).sum(1).double()
+
+
+def _largest(squares: Tensor) -> Tensor:
+    """Largest of each piece, NaN if one is: unlike their sum it is finite exactly if all of them are."""
+    return squares.reshape(len(squares), -1).amax(1).double()
+
+
+def _dot(u: Tensor) -> Tensor:
+    """Sum of squares over each piece."""
+    if len(u) == 1:
+        flat = u.reshape(-1)
+        return torch.dot(flat, flat).double()
+    return _sum(u * u)
+
+
+def _gate(gates: Gates, which: int, work: Work) -> Tensor | bool:
+    """Whether a work is written: True or False where the host knows it for all pieces alike, else a column of bools."""
+    if gates.known is not None:
+        open_ = [gates.known[which][slot] for slot in work.slots]
+        if all(open_):
+            return True
+        if not any(open_):
+            return False
+    return (gates.moments, gates.weights)[which][work.slot_index]
+
+
+def _gated(targets: Sequence[Tensor], values: Tensor, gate: Tensor | bool) -> Write:
+    """The write of each piece to its place, as far as the gate is open."""
+    if not isinstance(gate, Tensor):
+        return Write(targets, values.unbind(0))
+    if len(targets) == 1:
+        return Write(targets, values.unbind(0), gate[0])
+    values = values.to(targets[0].dtype)
+    kept = torch.where(gate.view(-1, *[1] * targets[0].dim()), values, torch.stack(list(targets)))
+    return Write(targets, kept.unbind(0))

@@ -1,0 +1,250 @@
+"""The numbers of a step that belong to a parameter, as fp64 vectors over the parameters of a plan on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppsf_dist.algorithm import direction, rounding, step_size
+from ppsf_dist.algorithm.step_size import SpeedState
+from ppsf_dist.host import HostAccess
+from ppsf_dist.kernels.interface import Coefficients, Gates, Scales, Stat
+from ppsf_dist.kernels.writes import Write
+from ppsf_dist.moments import FactoredMoments
+from ppsf_dist.options import Switches
+from ppsf_dist.reductions import Outcome, Reductions
+from ppsf_dist.scalars import PARAMETER_NUMBERS, Cause, StepNumbers
+from ppsf_dist.sharding.slots import SlotTable
+
+
+@dataclass
+class Traits:
+    """What never changes about the parameters of a plan, as vectors over slots on the device.
+
+    The flags say what no parameter needs, so that nothing is computed for it.
+    """
+
+    group_of: Tensor
+    membership: Tensor
+    numel: Tensor
+    adopt: Tensor
+    stableadamw: Tensor
+    orthograd: Tensor
+    early_mask: Tensor
+    late_mask: Tensor
+    gain_is_d: Tensor
+    focus_fixed: Tensor
+    momentum_of_d: Tensor
+    rounds_samples: Tensor
+    rounds_s: Tensor
+    identity: Tensor
+    any_adopt: bool
+    any_orthograd: bool
+    any_mask: bool
+    any_speed: bool
+    any_random: bool
+
+    @classmethod
+    def of(cls, table: SlotTable, switches: Sequence[Switches], device: torch.device) -> Traits:
+        """Read them off the slots and the switches of their groups."""
+
+        def flags(values: Sequence[bool]) -> Tensor:
+            return torch.tensor(values, dtype=torch.bool, device=device)
+
+        of_slot = [switches[slot.group] for slot in table.slots]
+        # What the reference sums in bf16 comes out rounded: its samples s of fp32 weights, and all of bf16 weights.
+        bf16 = [slot.dtype == "torch.bfloat16" for slot in table.slots]
+        s_in_bf16 = [slot.dtype in ("torch.bfloat16", "torch.float32") for slot in table.slots]
+        groups = torch.tensor([slot.group for slot in table.slots], dtype=torch.int64)
+        sizes = [float(torch.Size(slot.shape).numel()) for slot in table.slots]
+        membership = torch.zeros(len(switches), len(of_slot), dtype=torch.float64)
+        membership[groups, torch.arange(len(of_slot))] = 1
+        divides = [s.schedulefree and not s.atan2 and not s.focus and not (s.adopt and not s.quirks) for s in of_slot]
+        return cls(
+            group_of=groups.to(device),
+            membership=membership.to(device),
+            numel=torch.tensor(sizes, dtype=torch.float64, device=device),
+            adopt=flags([s.adopt for s in of_slot]),
+            stableadamw=flags([s.stableadamw for s in of_slot]),
+            orthograd=flags([s.orthograd for s in of_slot]),
+            early_mask=flags([s.counts_mask_early for s in of_slot]),
+            late_mask=flags([s.counts_mask_late for s in of_slot]),
+            gain_is_d=flags(divides),
+            focus_fixed=flags([s.focus and not s.quirks for s in of_slot]),
+            momentum_of_d=flags([not (s.adopt and not s.quirks) for s in of_slot]),
+            rounds_samples=flags([rounds and s.quirks for rounds, s in zip(bf16, of_slot, strict=True)]),
+            rounds_s=flags([rounds and s.quirks for rounds, s in zip(s_in_bf16, of_slot, strict=True)]),
+            identity=torch.tensor([slot.identity for slot in table.slots], device=device),
+            any_adopt=any(s.adopt for s in of_slot),
+            any_orthograd=any(s.orthograd for s in of_slot),
+            any_mask=any(s.counts_mask_early or s.counts_mask_late for s in of_slot),
+            any_speed=any(s.speed for s in of_slot),
+            any_random=any(rounds and s.stochastic_rounding for rounds, s in zip(bf16, of_slot, strict=True)),
+        )
+
+
+class Known(NamedTuple):
+    """What of a verdict the host knows at once: the cause, and how many ranks have said each outcome."""
+
+    cause: int
+    outcome: list[float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks have decided about a part, from the same sums.
+
+    Attributes:
+        active: bool vector over parameters: some rank has a gradient.
+        gates: what is written.
+        cause: the :class:`Cause` not to write, fp64, on the device.
+        known: the same where the host may read it without waiting, else None.
+    """
+
+    active: Tensor
+    gates: Gates
+    cause: Tensor
+    known: Known | None
+
+    def with_cause(self, cause: Cause) -> Verdict:
+        """The verdict of nothing to write for another cause."""
+        return replace(self, cause=torch.full_like(self.cause, cause))
+
+
+class PartNumbers:
+    """The numbers of one step that belong to the parameters of one part, in the order in which the step needs them."""
+
+    def __init__(self, step: StepNumbers, parameters: Tensor, traits: Traits) -> None:
+        self._step, self._parameters, self._traits = step, parameters, traits
+        self._updates = parameters[PARAMETER_NUMBERS.index("step")]
+        self.coefficients = self._coefficients()
+        self.keys = traits.identity
+        if traits.any_random:
+            self.keys = rounding.keys(step.seed, self._updates.long(), traits.identity)
+
+    def _coefficients(self) -> Tensor:
+        """The table of :class:`Coefficients`, fp32."""
+        step, h, t, of = self._step, self._step.hyper, self._traits, self._traits.group_of
+        d, delta, beta1 = step.d[of], step.delta[of], h["beta1"][of]
+        # ADOPT's first step, of the group or of a parameter that comes late, only sets the second moment.
+        self._adopt_first = t.adopt & ((step.k[of] == 1) | (self._updates == 0))
+        beta2 = torch.where(self._adopt_first, 0.0, step.beta2[of])
+        one = torch.ones_like(d)
+        decay = h["weight_decay"][of]
+        rows = Coefficients(
+            d=d,
+            d_eps=d * h["eps"][of],
+            beta1=beta1,
+            momentum_weight=(1 - beta1) * torch.where(t.momentum_of_d, d, one),
+            beta2=beta2,
+            square_weight=(1 - beta2) * torch.where(t.focus_fixed, one, d * d),
+            focus_correction=torch.where(t.focus_fixed, 1 / (1 - beta2 ** (self._updates + 1)), one),
+            clamp=step.k[of] ** 0.25,
+            delta=delta,
+            c=step.c[of],
+            q=step.q[of],
+            weight_decay=decay,
+            keep=1 - decay * torch.where(h["weight_decay_by_lr"][of] > 0, delta, one),
+            beta3=h["beta3"][of],
+            s_weight=step_size.prodigy_weight(step.d, h["d0"])[of],
+        )
+        return torch.stack(rows).float()
+
+    def moments(self, moments: FactoredMoments, sums: Tensor) -> Tensor:
+        """The factored moments after this step, in scratch, from the sums of all ranks."""
+        named = Coefficients(*self.coefficients.unbind())
+        return moments.updated(sums, named.beta2, named.square_weight)
+
+    def factors(self, moments: FactoredMoments, new: Tensor) -> Tensor:
+        """Square roots for the denominator: of the new moments, or of the old ones under ADOPT."""
+        factors = moments.factors(new)
+        if not self._traits.any_adopt:
+            return factors
+        return torch.where(self._traits.adopt[moments.slot_of], moments.factors(moments.values), factors)
+
+    def scales(self, stats: Tensor) -> Tensor:
+        """The table of :class:`Scales` (fp32) from the sums of all ranks."""
+        t = self._traits
+        one = torch.ones_like(t.numel)
+        late = one
+        factor = torch.where(t.gain_is_d, self.coefficients[0].double(), one)
+        if t.any_mask:
+            factor = factor * torch.where(t.early_mask, direction.mask_scale(stats[:, Stat.EARLY_MASK], t.numel), one)
+            late = torch.where(t.late_mask, direction.mask_scale(stats[:, Stat.LATE_MASK], t.numel), one)
+        uu = stats[:, Stat.UU] * factor * factor
+        rms = torch.where(t.stableadamw, direction.soft_rms_scale(uu, t.numel), one)
+        amount, pull = rms * factor, torch.zeros_like(one)
+        if t.any_orthograd:
+            keep, along = direction.orthogonal_scales(uu, stats[:, Stat.WW], stats[:, Stat.WU] * factor, t.numel)
+            amount, pull = torch.where(t.orthograd, amount * keep, amount), torch.where(t.orthograd, rms * along, pull)
+        rows = Scales(amount=amount, pull=pull, mask=late, advance=amount * self._step.delta[t.group_of])
+        return torch.stack(rows).float()
+
+    def verdict(self, reductions: Reductions, host: HostAccess) -> Verdict:
+        """What is written: nothing if there is a cause not to, and only parameters that have a gradient."""
+        stats, sums, outcome = reductions.table.stats, reductions.sums, reductions.last.outcome
+        gradients = stats[:, Stat.LARGEST_SQUARE].isfinite().all() & sums.isfinite().all()
+        # ADOPT's first step divides by an empty moment: its direction does not count.
+        uu = torch.where(self._adopt_first, torch.zeros_like(stats[:, 0]), stats[:, Stat.UU])
+        state = (stats[:, Stat.DOT : Stat.UU] + (uu + stats[:, Stat.WW]).unsqueeze(1)).isfinite().all()
+        cause = torch.where(gradients, torch.where(state, Cause.NOTHING, Cause.WEIGHTS), Cause.GRADIENT)
+        cause = torch.where(outcome[Outcome.UNSOUND] > 0, Cause.NUMBER, cause)
+        cause = torch.where(outcome[: Outcome.UNSOUND].sum() > 0, Cause.FAILURE, cause).double()
+
+        active = stats[:, Stat.PRESENT] > 0
+        moments = active & (cause == Cause.NOTHING)
+        weights = moments & ~self._adopt_first
+        if not host.free:
+            return Verdict(active, Gates(moments, weights, None), cause, None)
+        here = torch.cat((moments.double(), weights.double(), cause.view(1), outcome)).tolist()
+        count = len(moments)
+        gates = Gates(moments, weights, ([x > 0 for x in here[:count]], [x > 0 for x in here[count : 2 * count]]))
+        return Verdict(active, gates, cause, Known(int(here[2 * count]), here[2 * count + 1 :]))
+
+    def committed(self, stats: Tensor, verdict: Verdict) -> list[Write]:
+        """This part counted in the step, and what belongs to its parameters after it."""
+        t, step, gates = self._traits, self._step, verdict.gates
+        moved = verdict.active & ~self._adopt_first
+        counted = moved & step.adapts[t.group_of]
+        after = self._parameters.clone()
+        numerator, denominator = self._contributions(stats, counted, gates, after)
+        after[PARAMETER_NUMBERS.index("step")].add_(gates.moments)
+        totals = step.totals.clone()
+        for row, share in zip(totals, (numerator, denominator, moved.double()), strict=False):
+            row.add_((t.membership * share).sum(1))
+        totals[3].copy_(torch.maximum(totals[3], verdict.cause))
+        return [Write([self._parameters, step.totals], [after, totals])]
+
+    def _contributions(
+        self, stats: Tensor, counted: Tensor, gates: Gates, after: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Each parameter's share in the numerator and denominator of its group; SPEED's memory goes into ``after``."""
+        t, h = self._traits, self._step.hyper
+        weight = step_size.prodigy_weight(self._step.d, h["d0"])[t.group_of]
+
+        def as_stored(sums: Tensor, rounds: Tensor) -> Tensor:
+            return torch.where(rounds, sums.bfloat16().double(), sums)
+
+        zero = torch.zeros_like(stats[:, Stat.DOT])
+        dot = as_stored(stats[:, Stat.DOT], t.rounds_samples)
+        numerator, denominator = weight * dot, as_stored(stats[:, Stat.S_L1], t.rounds_s)
+        if t.any_speed:
+            speed = (h["use_speed"] > 0)[t.group_of]
+            state, speed_numerator, speed_denominator = step_size.speed_contribution(
+                SpeedState(*self._parameters[1:]),
+                dot,
+                as_stored(stats[:, Stat.DELTA_L1], t.rounds_samples),
+                as_stored(stats[:, Stat.DELTA_SQUARE].sqrt(), t.rounds_samples),
+                self._step.k[t.group_of],
+                weight,
+            )
+            remembers = counted & speed & gates.weights
+            for row, value in zip(after[1:], vars(state).values(), strict=True):
+                row.copy_(torch.where(remembers, value, row))
+            numerator = torch.where(speed, speed_numerator, numerator)
+            denominator = torch.where(speed, speed_denominator, denominator)
+        return torch.where(counted, numerator, zero), torch.where(counted, denominator, zero)
