@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,8 +28,7 @@ class RunFolder:
         return self._metrics.exists() or self.checkpoint.exists()
 
     def clear(self) -> None:
-        """Removes an earlier run: its files, and nothing else that lies in the folder."""
-        shutil.rmtree(self.checkpoint, ignore_errors=True)
+        """Removes the files of an earlier run but for its checkpoint, and nothing else that lies in the folder."""
         for file in (self._description, self._metrics, self.picture):
             file.unlink(missing_ok=True)
 

@@ -19,6 +19,7 @@ from model import ByteTransformer
 from options import LAST, Settings, parse
 from ppsf_dist import ProdigyPlusScheduleFree
 from ppsf_dist.bootstrap import ProcessInfo
+from ppsf_dist.fsdp import remove_checkpoint
 from records import RunFolder, run_of_checkpoint
 from strategies import DTYPES, STRATEGIES, Trainer, UsageError
 
@@ -71,6 +72,8 @@ def _run(settings: Settings, ranks: ProcessInfo) -> int:
     dist.barrier()
     if ranks.rank == 0:
         if not first:
+            if settings.overwrite:
+                remove_checkpoint(folder.checkpoint)
             folder.clear()
         description = {
             "settings": settings.fixed(),

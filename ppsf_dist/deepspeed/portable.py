@@ -16,13 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ppsf_dist.checkpoint import LIKE_PARAMETER, SAMPLED, to_portable
+from ppsf_dist.checkpoints import CheckpointFiles, Entry, open_checkpoint, write_checkpoint
 from ppsf_dist.deepspeed.experts import is_expert
 from ppsf_dist.deepspeed.gather import gather_elements, gather_samples
 from ppsf_dist.deepspeed.shards import ZeroShard
 from ppsf_dist.evaluation import innermost
-from ppsf_dist.fsdp.checkpoint import finished_checkpoint, read_extra, write_checkpoint
-from ppsf_dist.fsdp.files import CheckpointFiles, Entry
-from ppsf_dist.sharding import Shard, whole
+from ppsf_dist.sharding import Shard, everyone, together, whole
 
 Location = str | os.PathLike[str]
 
@@ -40,35 +39,43 @@ def save_checkpoint(path: Location, engine: Any, extra: dict[str, Any] | None = 
 
     Raises:
         NotImplementedError: the model has experts, which are not the same on every rank.
+        TypeError, OSError, RuntimeError: as :func:`ppsf_dist.fsdp.save_checkpoint`.
     """
     run = _Run(engine)
-    state = {
-        "model": dict(run.whole_weights()),
-        "optimizer": {"state": dict(run.whole_states()), "param_groups": run.named_groups()},
-    }
+
+    def state() -> dict[str, Any]:
+        return {
+            "model": dict(run.whole_weights()),
+            "optimizer": {"state": dict(run.whole_states()), "param_groups": run.named_groups()},
+        }
+
     write_checkpoint(path, state, extra)
 
 
 @torch.no_grad()
-def load_checkpoint(path: Location, engine: Any) -> dict[str, Any]:
+def load_checkpoint(path: Location, engine: Any, *, verify: bool = True) -> dict[str, Any]:
     """Load what :func:`save_checkpoint` or :func:`ppsf_dist.fsdp.save_checkpoint` saved. Every rank must call it.
+
+    Args:
+        path: folder of the checkpoint.
+        engine: of ``deepspeed.initialize``, at any stage.
+        verify: compare each file with its checksum before it is used.
 
     Returns:
         The ``extra`` values of the save.
 
     Raises:
         FileNotFoundError: ``path`` holds no finished checkpoint.
-        ValueError: the checkpoint was made with other switches, shapes or groups; the message names them. Nothing is
-            changed then.
+        ValueError: the checkpoint was made with other switches, shapes or groups, or it is damaged; the message names
+            what. Nothing is changed then.
         NotImplementedError: the model has experts, which are not the same on every rank.
     """
-    folder = finished_checkpoint(path)
-    files = CheckpointFiles(folder)
+    files = open_checkpoint(path, verify=verify)
     run = _Run(engine)
-    files.check_model(run.shapes())
-    run.load_optimizer(files)
+    together(everyone(), lambda: files.check_model(run.shapes()))
+    together(everyone(), lambda: run.load_optimizer(files))
     run.load_weights(files)
-    return read_extra(folder)
+    return files.extra
 
 
 class _Run:

@@ -11,12 +11,19 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.checkpoint.constants import PARAM
 from deepspeed.git_version_info import version
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
+
+from ppsf_dist.checkpoints import load_plain
 
 OPTIMIZER_STATE = Path("zero") / "optimizer_state.pt"
 STAGE_1_OR_2 = "mp_rank_00_model_states.pt"
 STAGE_3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 WORKERS = 2
+SAFE: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+"""What DeepSpeed puts into a checkpoint beside tensors and plain data."""
 
 
 def to_universal(source: Path, target: Path, *, workers: int = WORKERS) -> None:
@@ -24,7 +31,7 @@ def to_universal(source: Path, target: Path, *, workers: int = WORKERS) -> None:
 
     DeepSpeed's own converter makes one that only the stage it comes from can load; what the others ask for is added.
     Load it with ``"checkpoint": {"load_universal": true}`` in the config. DeepSpeed does not load buffers and frozen
-    parameters from it.
+    parameters from it. The checkpoint of a stranger runs no code (``docs/security.md``).
 
     Args:
         source: folder of the checkpoint (with its tag).
@@ -33,7 +40,11 @@ def to_universal(source: Path, target: Path, *, workers: int = WORKERS) -> None:
 
     Raises:
         FileNotFoundError: ``source`` is no checkpoint of ZeRO.
+        ValueError: a file in ``source`` may run code, or is none of a checkpoint. Nothing is made then.
     """
+    # The converter opens whatever lies there, and would run it.
+    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        _read(file, lazily=True)
     ds_to_universal.main(
         argparse.Namespace(
             input_folder=str(source),
@@ -58,16 +69,22 @@ def to_universal(source: Path, target: Path, *, workers: int = WORKERS) -> None:
     # Stages 1 and 2 want each tensor in a dict, stage 3 takes both but writes none.
     for name in ("fp32", "exp_avg", "exp_avg_sq"):
         for file in (target / "zero").glob(f"*/{name}.pt"):
-            content = torch.load(file, map_location="cpu", weights_only=False)
+            content = _read(file)
             if isinstance(content, Tensor):
                 torch.save({PARAM: content}, file)
     present, missing = (STAGE_1_OR_2, STAGE_3) if (target / STAGE_1_OR_2).exists() else (STAGE_3, STAGE_1_OR_2)
     torch.save({**_read(target / present), "module": {}}, target / missing)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
-    return content
+def _read(path: Path, *, lazily: bool = False) -> Any:
+    """What a file holds, if that is tensors, plain data and what DeepSpeed adds.
+
+    Args:
+        path: of the file.
+        lazily: leave the tensors in the file, which must then stay as it is.
+    """
+    with torch.serialization.safe_globals(SAFE):
+        return load_plain(path, str(path), lazily=lazily)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

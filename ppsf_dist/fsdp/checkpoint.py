@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -16,30 +13,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from ppsf_dist.checkpoint import read_groups
-from ppsf_dist.fsdp.files import CheckpointFiles
-
-LATEST = "latest"
-EXTRA = "extra.json"
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _current(path: Path) -> Path | None:
-    """The folder that the last finished save left, or None."""
-    pointer = path / LATEST
-    return path / pointer.read_text().strip() if pointer.exists() else None
+from ppsf_dist.checkpoints import CheckpointFiles, open_checkpoint, write_checkpoint
+from ppsf_dist.sharding import everyone, together
 
 
 def save_checkpoint(
@@ -47,88 +25,75 @@ def save_checkpoint(
 ) -> None:
     """Save weights, optimizer state and a few plain values. Every rank must call it; ``path`` must be shared.
 
-    The checkpoint is written beside the one before, which is removed only when the new one is complete: a save that is
-    killed half-way leaves the previous one loadable.
+    The checkpoint is written beside the one before, which is removed only when the new one is complete and on disk: a
+    save that is killed half-way leaves the previous one loadable. Nothing else in ``path`` is removed or written over.
+    From its first save on a process keeps ``path`` for itself, until it ends or calls :func:`release_checkpoint`.
 
     Args:
         path: folder of this run's checkpoint.
         model, optimizer: in training or in evaluation mode; the mode is saved too.
-        extra: values that JSON can hold, such as the number of steps done.
+        extra: values that JSON can hold, such as the number of steps done. They come back as JSON has them: tuples as
+            lists, keys as strings. Those of the first rank are saved.
 
     Raises:
         TypeError: ``extra`` holds something that JSON cannot.
+        FileExistsError: the folder that this save would make is there already, and no save has made it.
+        OSError: some rank cannot write.
+        RuntimeError: another job saves to ``path``.
+
+        All are raised on every rank, with the rank that failed and the cause. The checkpoint before stays.
     """
-    state: dict[str, Any] = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-    }
+
+    def state() -> dict[str, Any]:
+        return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
     write_checkpoint(path, state, extra)
 
 
-def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any], extra: dict[str, Any] | None = None) -> None:
-    """Save the state dicts of model and optimizer in the way of :func:`save_checkpoint`."""
-    root = Path(path)
-    text = json.dumps(extra or {})
-    before = _current(root)
-    number = 0 if before is None else int(before.name) + 1
-    folder = root / str(number)
-    _barrier()
-    if _rank() == 0:
-        root.mkdir(parents=True, exist_ok=True)
-        # What a killed save may have left.
-        shutil.rmtree(folder, ignore_errors=True)
-    _barrier()
-    save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    if _rank() == 0:
-        (folder / EXTRA).write_text(text)
-        pointer = root / f"{LATEST}.new"
-        pointer.write_text(folder.name)
-        os.replace(pointer, root / LATEST)
-        for other in root.iterdir():
-            if other.is_dir() and other.name.isdigit() and other != folder:
-                shutil.rmtree(other)
-    _barrier()
-
-
-def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def load_checkpoint(
+    path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, *, verify: bool = True
+) -> dict[str, Any]:
     """Load what :func:`save_checkpoint` saved, on any number of ranks and any layout. Every rank must call it.
+
+    Everything is read before the first weight is written, so for a moment there are two copies of the weights that this
+    rank holds. A checkpoint of a stranger runs no code (``docs/security.md``).
+
+    Args:
+        path: folder of the run's checkpoint.
+        model, optimizer: to load into; modes are restored too.
+        verify: compare each file with its checksum before it is used. The ranks share the files between them, and it
+            takes less time than reading them.
 
     Returns:
         The ``extra`` values of the save.
 
     Raises:
         FileNotFoundError: ``path`` holds no finished checkpoint.
-        ValueError: the checkpoint was made with other switches or shapes; the message names them. Nothing is changed
-            then.
+        ValueError: the checkpoint was made with other switches or shapes, or it is damaged; the message names what.
+            Nothing is changed then.
+
+        Both are raised on every rank, with the rank that failed and the cause.
     """
-    folder = finished_checkpoint(path)
+    files = open_checkpoint(path, verify=verify)
     state: dict[str, Any] = {
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer),
     }
-    files = CheckpointFiles(folder)
-    files.check_model({name: value.shape for name, value in state["model"].items() if isinstance(value, Tensor)})
+    team = everyone()
+    together(team, lambda: _read(files, state, optimizer))
+    # The optimizer looks at what it gets before it changes anything, so the weights come after it.
+    together(team, lambda: set_optimizer_state_dict(model, optimizer, state["optimizer"]))
+    together(team, lambda: set_model_state_dict(model, state["model"]))
+    return files.extra
+
+
+def _read(files: CheckpointFiles, state: dict[str, Any], optimizer: Optimizer) -> None:
+    """Read into tensors that the model does not see."""
+    model = state["model"]
+    files.check_model({name: value.shape for name, value in model.items() if isinstance(value, Tensor)})
     if "state_version" in optimizer.param_groups[0]:
         read_groups({"param_groups": files.groups()}, optimizer.param_groups)
-    load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    set_model_state_dict(model, state["model"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    return read_extra(folder)
-
-
-def finished_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """The folder of the last finished save.
-
-    Raises:
-        FileNotFoundError: ``path`` holds no finished checkpoint.
-    """
-    folder = _current(Path(path))
-    if folder is None:
-        raise FileNotFoundError(f"{path} holds no finished checkpoint: expected a file {LATEST!r} in it")
-    return folder
-
-
-def read_extra(folder: Path) -> dict[str, Any]:
-    """The plain values that lie beside the state."""
-    extra: dict[str, Any] = json.loads((folder / EXTRA).read_text())
-    return extra
+    state["model"] = {
+        name: torch.empty_like(value) if isinstance(value, Tensor) else value for name, value in model.items()
+    }
+    files.load(state)

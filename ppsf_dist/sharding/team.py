@@ -35,6 +35,15 @@ class Team:
     def is_alone(self) -> bool:
         return len(self.ranks) <= 1
 
+    @property
+    def position(self) -> int:
+        """Of this process among :attr:`ranks`."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    @property
+    def is_first(self) -> bool:
+        return self.position == 0
+
     def sum_(self, *tensors: Tensor, why: str = "sums of all ranks") -> None:
         """Sum tensors over the team, in place, in one all-reduce.
 
@@ -137,6 +146,11 @@ def _device_types(group: dist.ProcessGroup | None) -> list[str]:
         return []
     # As in "cpu:gloo,cuda:nccl".
     return [backend.split(":")[0] for backend in dist.get_backend_config(group).split(",")]
+
+
+def everyone() -> Team:
+    """All ranks of the job."""
+    return Team(dist.group.WORLD if dist.is_initialized() else None)
 
 
 def team_of_ranks(ranks: Sequence[int]) -> Team:

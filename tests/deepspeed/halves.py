@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from ppsf_dist import averaged
+from ppsf_dist.checkpoints.folder import finished
 from ppsf_dist.deepspeed import load_checkpoint, save_checkpoint
-from ppsf_dist.fsdp.checkpoint import finished_checkpoint
 from tests.deepspeed.engines import FROZEN, feed, full_weights, gradients_for, make_engine, model_weights, numbers
 from tests.deepspeed.references import SHAPES, STEPS
 from tests.harness.models import initial_weights
@@ -85,7 +85,7 @@ def second_half(folder: Path, tag: str, settings: Settings, dtype: torch.dtype, 
 def content(path: Path) -> dict[str, Any]:
     """A portable checkpoint as plain tensors and numbers."""
     file = path / "content.pt"
-    dcp_to_torch_save(finished_checkpoint(path), file)
+    dcp_to_torch_save(path / finished(path).name, file)
     loaded: dict[str, Any] = torch.load(file, weights_only=False)
     return loaded
 

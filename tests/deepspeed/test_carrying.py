@@ -175,3 +175,24 @@ def test_a_checkpoint_that_is_refused_changes_nothing(stage: int, tmp_path: Path
     run(2, load_what_does_not_fit, tmp_path, stage)
     for name in MISFITS:
         assert_same_content(tmp_path / f"after_{name}", tmp_path / PORTABLE)
+
+
+class Bomb:
+    """Its pickle writes a file when it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.mark,)
+
+
+def test_a_strangers_checkpoint_runs_no_code_when_it_is_converted(tmp_path: Path) -> None:
+    """DeepSpeed's converter opens every file of some names, in folders below too."""
+    for place, name in enumerate(("mp_rank_00_model_states.pt", "below/zero_pp_rank_0_mp_rank_00_optim_states.pt")):
+        folder, mark = tmp_path / f"source_{place}", tmp_path / "ran"
+        (folder / name).parent.mkdir(parents=True)
+        torch.save({"module": {}, "more": Bomb(mark)}, folder / name)
+        with pytest.raises(ValueError, match=f"{name} is not read, because it is no plain data"):
+            convert([str(folder), str(tmp_path / UNIVERSAL)])
+        assert not mark.exists() and not (tmp_path / UNIVERSAL).exists()

@@ -161,6 +161,10 @@ def _run_job(connection: Connection, message: bytes) -> None:
     except BaseException:
         _send(connection, FAILURE, traceback.format_exc().encode())
         return
+    finally:
+        # A job ends as a process would, and leaves the folders that it saved to.
+        if checkpoints := sys.modules.get("ppsf_dist.checkpoints"):
+            checkpoints.release_checkpoint()
     _send(connection, RESULT, result)
     _barrier_and_report(connection)
 
