@@ -15,15 +15,13 @@ from ppsf_dist.host import HostAccess
 from ppsf_dist.kernels.interface import Stat
 from ppsf_dist.moments import FactoredMoments
 from ppsf_dist.options import Switches
+from ppsf_dist.refusals import refuse_weights
 from ppsf_dist.scalars import PARAMETER_NUMBERS, Traits
 from ppsf_dist.sharding import Shard, Team
 from ppsf_dist.sharding.slots import agree_on_slots
 from ppsf_dist.work import plan_work, sample_count, sample_indices
 
 State = dict[Tensor, dict[str, Any]]
-
-DTYPES = ("torch.float32", "torch.bfloat16", "torch.float64")
-"""Of weights. The arithmetic is fp32."""
 
 
 def settings_of(switches: Switches) -> tuple[tuple[str, object], ...]:
@@ -65,12 +63,7 @@ class Plan:
         table = agree_on_slots(shards, groups_of, identities, [settings_of(s) for s in switches], team)
         self.slots, self.slot_of_shard = table.slots, table.of_shard
         for slot in table.slots:
-            if slot.dtype not in DTYPES:
-                raise ValueError(
-                    f"a parameter of shape {slot.shape} in group {slot.group} is {slot.dtype}: weights may be "
-                    f"{', '.join(DTYPES)}. In fp16 second moments vanish; keep the weights in fp32 and compute in fp16 "
-                    "under torch.autocast, or use bfloat16"
-                )
+            refuse_weights(getattr(torch, slot.dtype.removeprefix("torch.")), slot.shape, slot.group)
         device = shards[0].weights().device
         factored = []
         for slot in table.slots:
@@ -205,6 +198,8 @@ class Plan:
 
     def settle(self) -> None:
         """Bring the numbers of each parameter into its state, as plain numbers. Waits for the device."""
+        if self.parameters.is_meta:
+            return
         table = self.parameters.tolist()
         for shard, slot in zip(self.shards, self.slot_of_shard, strict=True):
             for name, row in zip(PARAMETER_NUMBERS, table, strict=True):

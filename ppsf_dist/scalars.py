@@ -109,6 +109,8 @@ class GroupNumbers:
             wait: write this step's numbers, waiting for the device if need be. Without it an accelerator's groups
                 show the numbers of an earlier step, and nothing waits.
         """
+        if self.values.is_meta:
+            return
         if wait or self._host.free:
             self._in_flight = None
             self._write(groups, self.values.tolist())
