@@ -436,8 +436,10 @@ class Engine:
         for plan in self.plans.values():
             plan.settle()
         if self.numbers is not None:
-            self.numbers.absorb(self.groups)
-            self.numbers.publish(self.groups, wait=True)
+            # Groups that somebody has put into param_groups by hand come with the next plan.
+            known = self.groups[: len(self.numbers.published)]
+            self.numbers.absorb(known)
+            self.numbers.publish(known, wait=True)
 
     def forget(self, reason: str) -> None:
         """Start anew from ``state`` and ``param_groups``, which somebody has replaced.

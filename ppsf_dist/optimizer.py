@@ -12,11 +12,25 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ppsf_dist import checkpoint
+from ppsf_dist.compiling import uncompiled
 from ppsf_dist.engine import Engine
-from ppsf_dist.options import ARGUMENTS, validate_group, validate_seed, validate_together
+from ppsf_dist.options import (
+    ARGUMENTS,
+    naming,
+    refuse_unknown,
+    settle,
+    validate_group,
+    validate_numbers,
+    validate_seed,
+    validate_together,
+)
+from ppsf_dist.refusals import refuse_process_group, refuse_zero_redundancy
 from ppsf_dist.scalars import initial_numbers
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+OF_THE_WHOLE = ("decouple_lr", "process_group", "seed")
+"""Arguments that no parameter group has."""
 
 
 class ProdigyPlusScheduleFree(Optimizer):
@@ -64,7 +78,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         seed: of stochastic rounding.
 
     Raises:
-        ValueError: an argument is out of range, or groups disagree where they must not.
+        ValueError: an argument is out of range or misspelt, groups disagree where they must not, or torch's
+            ZeroRedundancyOptimizer builds this one.
 
     Sources: Mishchenko and Defazio, arXiv:2306.06101 (Prodigy); Defazio et al., arXiv:2405.15682 (Schedule-Free);
     Shazeer and Stern, arXiv:1804.04235 (factored moments); prodigy-plus-schedule-free 2.0.1 (their union, SPEED).
@@ -116,36 +131,49 @@ class ProdigyPlusScheduleFree(Optimizer):
                 stacklevel=2,
             )
             defaults["weight_decay_by_lr"] = not decouple_lr
-        validate_seed(seed)
+        self._seed = validate_seed(seed)
         validate_group(defaults, lr_may_be_zero=False)
-        self._seed = seed
-        self._engine = Engine(self, process_group, seed)
+        refuse_process_group(process_group)
+        refuse_zero_redundancy()
+        for message in settle(defaults):
+            warnings.warn(message, stacklevel=2)
+        self._engine = Engine(self, process_group, self._seed)
         super().__init__(params, defaults)
         self._engine.all_groups = self.param_groups
-        validate_together(self.param_groups)
 
+    @uncompiled
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its arguments default to the optimizer's. Possible at any time.
 
+        Keys that are no argument, such as a ``name``, stay in the group.
+
         Raises:
-            ValueError: an argument is out of range or does not fit the other groups; nothing is added then.
+            ValueError: an argument is out of range, misspelt, or does not fit the other groups; nothing is added then.
         """
+        if isinstance(param_group, dict):
+            param_group.update(self._complete_group(param_group))
         self._engine.settle_backward()
         self._engine.settle()
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            validate_group(group)
-            validate_together(self.param_groups)
-        except ValueError:
-            self.param_groups.pop()
-            raise
+        self._engine.given.append(self.param_groups[-1]["params"])
         self._engine.forget("a parameter group has been added")
-        for name, value in initial_numbers(group).items():
-            group.setdefault(name, value)
-        group.setdefault("state_version", checkpoint.STATE_VERSION)
-        group.setdefault("train_mode", self.param_groups[0].get("train_mode", True))
-        self._engine.given.append(group["params"])
+
+    def _complete_group(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Everything that a new group holds but its parameters, checked."""
+        with naming(f"parameter group {len(self.param_groups)}"):
+            refuse_unknown(given, OF_THE_WHOLE)
+            group = {**self.defaults, **given}
+            validate_group(group)
+            train_mode = self.param_groups[0]["train_mode"] if self.param_groups else True
+            start = {"state_version": checkpoint.STATE_VERSION, "train_mode": train_mode}
+            group = {**start, **initial_numbers(group), **group}
+            validate_numbers(group)
+        known = settle({**self.defaults})
+        for message in settle(group):
+            if message not in known:
+                warnings.warn(message, stacklevel=3)
+        validate_together([*self.param_groups, group])
+        return {name: value for name, value in group.items() if name != "params"}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -153,9 +181,10 @@ class ProdigyPlusScheduleFree(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step on all parameters that have a gradient.
+        """One step on all parameters that have a gradient. ``torch.compile`` leaves it as it is.
 
         With ``fused_back_pass`` it makes no step but ends the one that the backward pass has made: d and k are those of
         the next step then. Without one it changes nothing (and creates the state that is missing, for checkpoints).
@@ -167,6 +196,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         """
         return self._engine.run(None if closure is None else torch.enable_grad()(closure))
 
+    @uncompiled
     @torch.no_grad()
     def step_param(self, p: Tensor, group: dict[str, Any] | None = None) -> None:
         """Step one parameter at once, so that its gradient can be freed. For hooks that run during the backward pass.
@@ -205,6 +235,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         """Step some parameters, on all ranks that hold pieces of them. They may come again with gradients of others."""
         self._engine.run_some(params)
 
+    @uncompiled
     @torch.no_grad()
     def eval(self, *, keep: bool = False) -> None:
         """Put the averaged weights x into the parameters. Does nothing if they are there already.
@@ -224,6 +255,7 @@ class ProdigyPlusScheduleFree(Optimizer):
                 )
         self._engine.switch(train=False, keep=keep)
 
+    @uncompiled
     @torch.no_grad()
     def train(self, mode: bool = True) -> None:
         """Put the training weights y into the parameters. Does nothing if they are there already.
@@ -251,63 +283,89 @@ class ProdigyPlusScheduleFree(Optimizer):
         self._engine.settle()
         return int(self.param_groups[0]["skipped_steps"])
 
+    @uncompiled
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint: plain numbers and tensors that fit every layout.
 
-        Under a sharded layout every rank must call it.
+        Under a sharded layout every rank must call it. Hooks see and change what torch says they do.
         """
+        self._settle()
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        # What a hook has written is current too.
+        self._settle()
+        state_dict = self._state_dict()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def _settle(self) -> None:
         self._engine.settle_backward()
         self._engine.settle()
+
+    def _state_dict(self) -> dict[str, Any]:
         layout = self._engine.current_layout()
         own = layout.state_dict(self.state)
         if own is not None:
             return own
-        state_dict = super().state_dict()
-        packed = [p for group in self.param_groups for p in group["params"]]
-        shards = layout.shards([p for p in packed if p in self.state], self._engine.process_group)
-        by_param = {shard.param: shard for shard in shards}
-        state_dict["state"] = {
-            index: checkpoint.to_portable(by_param[param], self.state[param])
-            for index, param in enumerate(packed)
-            if param in self.state
-        }
-        return state_dict
+        # A parameter may stand in several groups that somebody has put together.
+        stateful = dict.fromkeys(p for group in self.param_groups for p in group["params"] if p in self.state)
+        return checkpoint.pack(self.param_groups, self.state, layout.shards(list(stateful), self._engine.process_group))
 
+    @uncompiled
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of any layout, or of prodigy-plus-schedule-free 2.0.1.
 
+        Arguments come from the checkpoint, but for ``fused_back_pass``, which says how the program's loop is written.
+        Keys of a group, and entries of the state, that nothing here knows are kept. Hooks see and change what torch
+        says they do.
+
         Raises:
-            ValueError: the checkpoint does not fit; the message names the parameter and the key. Nothing is changed.
+            ValueError: the checkpoint does not fit, or holds what is out of range; the message names the group or the
+                parameter, and the key. Nothing is changed.
         """
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self._load_state_dict(state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
         layout = self._engine.current_layout()
-        if layout.load_state_dict(state_dict, self.state):
-            self._engine.forget("load_state_dict() has been called")
-            return
-        parameters = layout.parameters()
-        ours = [{**group, "params": params} for group, params in zip(self._engine.groups, parameters, strict=True)]
-        shards = layout.shards([p for params in parameters for p in params], self._engine.process_group)
-        loaded = checkpoint.read_state(state_dict, shards, ours)
-        groups = checkpoint.read_groups(state_dict, ours)
-        if layout.whole:
-            # The groups are the framework's as well, which looks at their tensors and knows them by identity.
+        if not layout.load_state_dict(state_dict, self.state):
+            parameters = layout.parameters()
+            ours = [{**group, "params": params} for group, params in zip(self._engine.groups, parameters, strict=True)]
+            groups = checkpoint.read_groups(state_dict, ours)
+            shards = layout.shards([p for params in parameters for p in params], self._engine.process_group)
+            state = checkpoint.read_state(state_dict, shards, groups)
+            # The dictionaries stay: a framework and its hooks may hold them, and know their parameters by identity.
             for group, values in zip(self._engine.groups, groups, strict=True):
                 group.update({name: value for name, value in values.items() if name != "params"})
             self.state.clear()
-        else:
-            super().load_state_dict({"state": {}, "param_groups": groups})
-            self._engine.all_groups = self.param_groups
+            self.state.update(state)
         self._engine.forget("load_state_dict() has been called")
-        for param, entries in loaded.items():
-            self.state[param] = entries
 
     def __getstate__(self) -> dict[str, Any]:
+        """What a copy has, by pickle or deepcopy: as with torch's optimizers no hooks.
+
+        Raises:
+            TypeError: there is a ``process_group``, which cannot be copied.
+        """
+        if self._engine.process_group is not None:
+            raise TypeError(
+                "an optimizer with process_group= cannot be copied or pickled, because process groups cannot: build a "
+                "new one with the same arguments and give it this one's state_dict()"
+            )
         self._engine.settle()
-        kept = {name: value for name, value in self.__dict__.items() if name != "_engine"}
-        return {**kept, "_given": self._engine.given, "_all_groups": self._engine.all_groups}
+        own = {"_seed": self._seed, "_given": self._engine.given, "_all_groups": self._engine.all_groups}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({name: value for name, value in state.items() if name not in ("_given", "_all_groups")})
-        if "_given" in state:
-            self._engine = Engine(self, None, self._seed)
-            self._engine.given, self._engine.all_groups = state["_given"], state["_all_groups"]
+        given, all_groups = state.pop("_given"), state.pop("_all_groups")
+        super().__setstate__(state)
+        self._engine = Engine(self, None, self._seed)
+        self._engine.given, self._engine.all_groups = given, all_groups

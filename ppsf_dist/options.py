@@ -7,14 +7,19 @@ optimizer; :func:`validate_group` checks one, and :class:`Switches` is what the 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from difflib import get_close_matches
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 _AN_ORDINARY_LEARNING_RATE = 0.01
+_A_TYPO = 0.85
+"""How like an argument a key must be to be taken for it: weight_decay_mult (0.83) may be meant, use_sped (0.94) not."""
 
 ARGUMENTS: dict[str, Any] = {
     "lr": 1.0,
@@ -54,110 +59,235 @@ POOLED = ("d0", "beta3", "d_coef", "d_limiter", "prodigy_steps", "use_speed")
 
 _BOOLEANS = (*(name for name, default in ARGUMENTS.items() if isinstance(default, bool)), "reference_quirks")
 
+_FP32 = torch.finfo(torch.float32)
+_EXACT_INTEGERS = 2**53
+"""Numbers of a group are fp64 on the device."""
 
-def _finite_number(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+
+class Rule(NamedTuple):
+    """What a number allows: in words, and as a test of Python's own numbers."""
+
+    allowed: str
+    fits: Callable[[Any], bool]
 
 
-def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}={value!r} is out of range: allowed is {allowed}")
+def _real(value: Any) -> bool:
+    """Whether it is a number that fp32 can hold."""
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) <= _FP32.max
+
+
+def _count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _EXACT_INTEGERS
+
+
+def _or_none(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or fits(value)
+
+
+_DECAY = Rule("0 <= beta < 1", lambda value: _real(value) and 0 <= value < 1)
+_ANY = Rule("a finite number", _real)
+_POSITIVE = Rule("a finite number > 0", lambda value: _real(value) and value > 0)
+_NOT_NEGATIVE = Rule("a finite number >= 0", lambda value: _real(value) and value >= 0)
+_SWITCH = Rule("True or False", lambda value: isinstance(value, (bool, int)) and value in (0, 1))
+
+_FIRST_LR = Rule("a finite number > 0 (1.0 unless you scale d)", _POSITIVE.fits)
+
+_RULES: dict[str, Rule] = {
+    "beta3": Rule("None or 0 <= beta3 < 1", _or_none(_DECAY.fits)),
+    "d0": _POSITIVE,
+    "d_coef": _POSITIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "schedulefree_c": _NOT_NEGATIVE,
+    "prodigy_steps": Rule("an integer >= 0", lambda value: _count(value, 0)),
+    "eps": Rule("a number > 0, or None for the atan2 form, which has no epsilon", _or_none(_POSITIVE.fits)),
+    **{name: _SWITCH for name in _BOOLEANS},
+}
+"""Of the arguments that are one number or switch each."""
+
+_NUMBER_RULES: dict[str, Rule] = {
+    "d": _POSITIVE,
+    "d_prev": _POSITIVE,
+    "d_numerator": _ANY,
+    "d_denom": _NOT_NEGATIVE,
+    "prev_d_numerator": _ANY,
+    "max_d_numerator": _ANY,
+    "weight_sum": _NOT_NEGATIVE,
+    "effective_lr": _NOT_NEGATIVE,
+    "shared_d": Rule("None or a finite number > 0", _or_none(_POSITIVE.fits)),
+    "k": Rule("an integer >= 1", lambda value: _count(value, 1)),
+    "skipped_steps": Rule("an integer >= 0", lambda value: _count(value, 0)),
+    "train_mode": _SWITCH,
+}
+"""Of what a group learns in a run."""
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Let the errors of a block say where they are."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error} ({where})") from None
+
+
+def plain(value: Any) -> Any:
+    """A scalar of numpy or torch, or another real number, as Python's own; anything else as it is."""
+    if getattr(value, "shape", None) == () and not getattr(value, "is_meta", False):
+        value = value.item()
+    if isinstance(value, Real) and not isinstance(value, (int, float)):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value for a message; of a long one its size."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)
+
+
+def _checked(name: str, value: Any, rule: Rule) -> Any:
+    number = plain(value)
+    if not rule.fits(number):
+        beyond = isinstance(number, (int, float)) and _FP32.max < abs(number) < math.inf
+        limit = f", and at most {_FP32.max:.1e} as numbers of a step are fp32" if beyond else ""
+        raise ValueError(f"{name}={shown(value)} is out of range: allowed is {rule.allowed}{limit}")
+    return bool(number) if rule is _SWITCH else number
 
 
 def validate_group(group: MutableMapping[str, Any], *, lr_may_be_zero: bool = True) -> None:
-    """Check one parameter group and settle the combinations that exclude each other, with a warning for each.
+    """Check the arguments of one parameter group, and make them Python's own numbers.
 
     Args:
-        group: the group's arguments; changed in place where a combination has to be settled.
+        group: the group's arguments; changed in place.
         lr_may_be_zero: false for the constructor's ``lr``. A group may pause at 0, and schedules may reach it.
 
     Raises:
         ValueError: an argument is out of range. The message names it, its value and what is allowed.
     """
-    lr = group["lr"]
-    # torch's schedulers may put a tensor of one element here.
-    lr_number = lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr
-    if lr_may_be_zero:
-        _require(_finite_number(lr_number) and lr_number >= 0, "lr", lr, "a finite number >= 0")
-    else:
-        _require(_finite_number(lr_number) and lr_number > 0, "lr", lr, "a finite number > 0 (1.0 unless you scale d)")
+    lr, rule = group["lr"], _NOT_NEGATIVE if lr_may_be_zero else _FIRST_LR
+    if not isinstance(lr, Tensor):
+        group["lr"] = _checked("lr", lr, rule)
+    elif lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element: it has shape {tuple(lr.shape)}")
+    elif not lr.is_meta:
+        # It stays the tensor that it is: torch's schedulers write to it.
+        _checked("lr", lr.item(), rule)
     betas = group["betas"]
-    _require(isinstance(betas, (tuple, list)) and len(betas) == 2, "betas", betas, "a pair (beta1, beta2)")
-    group["betas"] = (betas[0], betas[1])
-    for index, beta in enumerate(group["betas"]):
-        _require(_finite_number(beta) and 0 <= beta < 1, f"betas[{index}]", beta, "0 <= beta < 1")
-    beta3 = group["beta3"]
-    _require(beta3 is None or (_finite_number(beta3) and 0 <= beta3 < 1), "beta3", beta3, "None or 0 <= beta3 < 1")
-    for name in ("d0", "d_coef"):
-        _require(_finite_number(group[name]) and group[name] > 0, name, group[name], "a finite number > 0")
-    for name in ("weight_decay", "schedulefree_c"):
-        _require(_finite_number(group[name]) and group[name] >= 0, name, group[name], "a finite number >= 0")
-    steps = group["prodigy_steps"]
-    _require(
-        isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0, "prodigy_steps", steps, "an integer >= 0"
-    )
-    eps = group["eps"]
-    _require(
-        eps is None or (_finite_number(eps) and eps > 0),
-        "eps",
-        eps,
-        "a number > 0, or None for the atan2 form, which has no epsilon",
-    )
-    for name in _BOOLEANS:
-        _require(isinstance(group[name], (bool, int)) and group[name] in (0, 1), name, group[name], "True or False")
-        group[name] = bool(group[name])
-    _settle(group)
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas={betas!r} is out of range: allowed is a pair (beta1, beta2)")
+    group["betas"] = tuple(_checked(f"betas[{index}]", beta, _DECAY) for index, beta in enumerate(betas))
+    for name, rule in _RULES.items():
+        group[name] = _checked(name, group[name], rule)
+    _check_step_size("d0", group)
 
 
-def validate_seed(seed: Any) -> None:
-    """Check the seed of stochastic rounding.
+def validate_numbers(group: MutableMapping[str, Any]) -> None:
+    """Check what a parameter group has learned in a run, and make it Python's own numbers. Arguments come first.
 
     Raises:
-        ValueError: it is not an integer >= 0.
+        ValueError: a number is out of range. The message names it, its value and what is allowed.
     """
-    _require(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0, "seed", seed, "an integer >= 0")
+    for name, rule in _NUMBER_RULES.items():
+        group[name] = _checked(name, group[name], rule)
+    _check_step_size("d", group)
 
 
-def _settle(group: MutableMapping[str, Any]) -> None:
-    """Switch off what another switch excludes, and say so."""
+def _check_step_size(name: str, group: Mapping[str, Any]) -> None:
+    """Refuse a step size with which the fp32 numbers of a step overflow, or lose digits as they come near to zero."""
+    value, d0, beta2, eps = group[name], group["d0"], group["betas"][1], group["eps"]
+    # Of d0 itself the third number, its power of 1.5, is within fp32 wherever its square is.
+    root = math.sqrt(d0) if name == "d" else 1.0
+    least = math.sqrt(_FP32.tiny * max(1 / (1 - beta2), root))
+    most = math.sqrt(_FP32.max * min(1.0, root))
+    least, most = max(least, _FP32.tiny / (eps or 1)), min(most, _FP32.max / (eps or 1))
+    if not least <= value <= most:
+        raise ValueError(
+            f"{name}={value!r} is out of range: with betas[1]={beta2}, eps={eps} and d0={d0} allowed is {least:.2g} <= "
+            f"{name} <= {most:.2g}, where {name}**2 * (1 - betas[1]), {name}**2 / sqrt(d0) and {name} * eps are normal "
+            "numbers of fp32"
+        )
+
+
+def validate_seed(seed: Any) -> int:
+    """The seed of stochastic rounding as a plain integer.
+
+    Raises:
+        ValueError: it is no integer in 0 <= seed < 2**64.
+    """
+    number = plain(seed)
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**64:
+        raise ValueError(f"seed={shown(seed)} is out of range: allowed is an integer >= 0, below 2**64")
+    return number
+
+
+def refuse_unknown(group: Mapping[str, Any], elsewhere: Iterable[str]) -> None:
+    """Refuse a key of a parameter group that is an argument misspelt, or one of the whole optimizer.
+
+    Other keys are a person's own (``name``), or a scheduler's (``initial_lr``), and stay where they are.
+
+    Args:
+        group: as it was given.
+        elsewhere: names of arguments that only the constructor takes.
+
+    Raises:
+        ValueError: the message names the key and what to write in its place.
+    """
+    known = {*ARGUMENTS, *_NUMBER_RULES, "reference_quirks", "params", "param_names", "state_version"}
+    for name in group:
+        if name in elsewhere:
+            raise ValueError(
+                f"{name}={shown(group[name])} stands in a parameter group, but it belongs to the whole optimizer: give "
+                f"it to the constructor, ProdigyPlusScheduleFree(..., {name}=)"
+            )
+        meant = [] if name in known else get_close_matches(str(name), ARGUMENTS, n=1, cutoff=_A_TYPO)
+        if meant:
+            raise ValueError(
+                f"{name}={shown(group[name])} in a parameter group is no argument: did you mean {meant[0]}? A key of "
+                "your own may have any name that is less like one"
+            )
+
+
+def settle(group: MutableMapping[str, Any]) -> list[str]:
+    """Switch off what another switch of a validated group excludes.
+
+    Returns:
+        What a person should know of: what was switched off, and what is allowed but seldom meant.
+    """
+    said: list[str] = []
 
     def off(name: str, reason: str) -> None:
         group[name] = False
-        warnings.warn(f"{name}=True has no effect and is switched off: {reason}", UserWarning, stacklevel=5)
+        said.append(f"{name}=True has no effect and is switched off: {reason}")
 
     if 0 < group["lr"] <= _AN_ORDINARY_LEARNING_RATE:
-        warnings.warn(
+        said.append(
             f"lr={group['lr']} looks like the learning rate of another optimizer: here it multiplies the step size d "
-            "that this one finds, so leave it at 1.0",
-            stacklevel=4,
+            "that this one finds, so leave it at 1.0"
         )
     if group["use_cautious"] and group["use_grams"]:
         off("use_grams", "use_cautious=True decides the mask")
     if group["use_focus"] and group["factored"]:
         off("factored", "use_focus=True averages weights, which do not factor; pass factored=False to say so yourself")
     if group["use_focus"] and group["eps"] is None:
-        warnings.warn("eps=None (atan2) has no effect with use_focus=True, which divides by nothing", stacklevel=4)
+        said.append("eps=None (atan2) has no effect with use_focus=True, which divides by nothing")
     if group["eps"] is None and group["use_stableadamw"]:
         off("use_stableadamw", "eps=None (atan2) bounds the update already")
     if group["use_speed"] and group["weight_decay"] > 0:
-        warnings.warn("use_speed=True with weight_decay > 0 can let d grow without bound; watch d", stacklevel=4)
+        said.append("use_speed=True with weight_decay > 0 can let d grow without bound; watch d")
     beta1, beta2 = group["betas"]
     if group["use_schedulefree"] and beta1 == 0:
-        warnings.warn(
-            "betas[0]=0 with use_schedulefree=True trains on z itself: the average x is lost and eval() will raise",
-            stacklevel=4,
+        said.append(
+            "betas[0]=0 with use_schedulefree=True trains on z itself: the average x is lost and eval() will raise"
         )
     if group["use_bias_correction"] and beta2 <= 0.6:
-        warnings.warn(
-            f"use_bias_correction=True with betas[1]={beta2} <= 0.6 never moves: RAdam's rectification stays 0",
-            stacklevel=4,
-        )
+        said.append(f"use_bias_correction=True with betas[1]={beta2} <= 0.6 never moves: RAdam's rectification stays 0")
     if group["d_coef"] < 2**-0.25 and group["d_limiter"] and not group["use_speed"] and group["reference_quirks"]:
-        warnings.warn(
+        said.append(
             f"d_coef={group['d_coef']} below 2**-0.25 with d_limiter=True: d can never grow, because the reference "
-            "limits d before it multiplies by d_coef; pass d_limiter=False or reference_quirks=False",
-            stacklevel=4,
+            "limits d before it multiplies by d_coef; pass d_limiter=False or reference_quirks=False"
         )
+    return said
 
 
 def validate_together(groups: list[dict[str, Any]]) -> None:

@@ -19,6 +19,7 @@ from ppsf_dist.moments import FactoredMoments
 from ppsf_dist.options import Switches
 from ppsf_dist.part_numbers import Traits
 from ppsf_dist.reductions import Outcome, Reductions
+from ppsf_dist.refusals import refuse_gradient, refuse_reshaped, refuse_weights
 from ppsf_dist.scalars import PARAMETER_NUMBERS
 from ppsf_dist.sharding import Shard, Team
 from ppsf_dist.sharding.slots import SlotTable
@@ -27,9 +28,6 @@ from ppsf_dist.work import Work, plan_work, sample_count, sample_indices
 logger = logging.getLogger(__name__)
 
 State = dict[Tensor, dict[str, Any]]
-
-DTYPES = ("torch.float32", "torch.bfloat16", "torch.float64")
-"""Of weights. The arithmetic is fp32."""
 
 
 class Plan:
@@ -68,11 +66,7 @@ class Plan:
         self.slots, self.slot_of_shard, self.frozen = table.slots, table.of_shard, list(frozen)
         self._groups_of, self._switches = list(groups_of), list(switches)
         for slot in table.slots:
-            if slot.dtype not in DTYPES:
-                raise ValueError(
-                    f"{slot} has {slot.dtype} weights: allowed are {', '.join(DTYPES)}. In fp16 second moments vanish; "
-                    "keep the weights in fp32 and compute in fp16 under torch.autocast, or use bfloat16"
-                )
+            refuse_weights(getattr(torch, slot.dtype.removeprefix("torch.")), slot)
         device = shards[0].weights().device
         factored = []
         for slot in table.slots:
@@ -195,8 +189,10 @@ class Plan:
         self._complete_gradients()
         gradients = [shard.gradient() for shard in self.shards]
         for shard, slot, shape, gradient in zip(self.shards, self.slot_of_shard, self._shapes, gradients, strict=True):
-            if shard.weights().shape != shape or (gradient is not None and _does_not_fit(gradient, shape)):
-                self._refuse(shard, slot, shape, gradient)
+            if shard.weights().shape != shape:
+                refuse_reshaped(shard.weights().shape, shape, self.slots[slot])
+            if gradient is not None and _is_odd(gradient, shape):
+                refuse_gradient(gradient, shape, self.slots[slot])
         for work in self.works:
             work.read()
         present = tuple([gradient is not None for gradient in gradients])
@@ -207,16 +203,6 @@ class Plan:
             self._present = (present, column.to(self.parameters.device))
         self.reductions.table.stats[:, Stat.PRESENT] = self._present[1]
         self.reductions.last.outcome[Outcome.UNSOUND] = unsound
-
-    def _refuse(self, shard: Shard, slot: int, shape: torch.Size, gradient: Tensor | None) -> None:
-        what = f"the weights have shape {tuple(shard.weights().shape)}"
-        if gradient is not None and _does_not_fit(gradient, shape):
-            what = f"the gradient is {gradient.layout}, {gradient.dtype}, of shape {tuple(gradient.shape)}"
-        raise ValueError(
-            f"{what}, but the optimizer has state for strided weights of shape {tuple(shape)} of {self.slots[slot]}: "
-            "make gradients dense (sparse=False), do not replace param.data by a tensor of another shape, or build a "
-            "new optimizer"
-        )
 
     def end(self) -> None:
         """Let go of what belongs to the step."""
@@ -263,14 +249,16 @@ class Plan:
 
     def settle(self) -> None:
         """Bring the numbers of each parameter into its state, as plain numbers. Waits for the device."""
+        if self.parameters.is_meta:
+            return
         table = self.parameters.tolist()
         for shard, slot in zip(self.shards, self.slot_of_shard, strict=True):
             for name, row in zip(PARAMETER_NUMBERS, table, strict=True):
                 self._state[shard.param][name] = row[slot]
 
 
-def _does_not_fit(gradient: Tensor, shape: torch.Size) -> bool:
-    return gradient.layout is not torch.strided or gradient.shape != shape
+def _is_odd(gradient: Tensor, shape: torch.Size) -> bool:
+    return gradient.layout is not torch.strided or gradient.shape != shape or gradient.is_complex()
 
 
 def samples_of(shard: Shard, local: Tensor) -> Tensor:

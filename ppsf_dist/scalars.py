@@ -146,6 +146,8 @@ class GroupNumbers:
         Returns:
             :data:`ROWS` of each group as they have arrived; None if they have not.
         """
+        if self.values.is_meta:
+            return None
         if wait or self._host.free:
             self._in_flight = None
             return self._write(groups, self.values.tolist())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import warnings
-from typing import Any
+from fractions import Fraction
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from prodigyplus.prodigy_plus_schedulefree import ProdigyPlusScheduleFree as Reference
@@ -16,6 +19,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from ppsf_dist import ProdigyPlusScheduleFree
 from ppsf_dist.options import ARGUMENTS
+from ppsf_dist.refusals import refuse_gradient, refuse_reshaped
 from tests.harness.pool import run
 
 NAN, INF = math.nan, math.inf
@@ -251,17 +255,140 @@ def test_partial_parameters_are_refused() -> None:
         assert "a Partial parameter has no value of its own; redistribute it to Replicate() or Shard()" in message
 
 
-@pytest.mark.parametrize(("name", "value"), [("seed", "a"), ("seed", 1.5), ("seed", -1), ("decouple_lr", "x")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("seed", "a"), ("seed", 1.5), ("seed", -1), ("decouple_lr", "x"), ("process_group", "world")]
+)
 def test_arguments_of_the_optimizer_alone(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{name}={value!r} is out of range"):
+    with pytest.raises(ValueError, match=f"{name}={value!r} is .*allowed is"):
         ProdigyPlusScheduleFree([torch.nn.Parameter(torch.ones(2))], **{name: value})
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.complex64])
-def test_weights_that_cannot_be_stepped_are_refused(dtype: torch.dtype) -> None:
-    weights = nn.Parameter(torch.ones(3, 2, dtype=dtype))
+@pytest.mark.parametrize(
+    ("dtype", "way_out"),
+    [
+        (torch.float16, "torch.autocast"),
+        (torch.complex64, "torch.view_as_complex"),
+        (torch.float8_e4m3fn, "convert them in the forward"),
+    ],
+)
+def test_weights_that_cannot_be_stepped_are_refused(dtype: torch.dtype, way_out: str) -> None:
+    weights = nn.Parameter(torch.ones(3, 2).to(dtype))
     weights.grad = torch.ones_like(weights)
     optimizer = ProdigyPlusScheduleFree([parameter(), weights])
-    with pytest.raises(ValueError, match=rf"shape \(3, 2\) in group 0 is {dtype}.*torch.autocast"):
+    with pytest.raises(ValueError, match=rf"parameter 1 .*\(3, 2\) in group 0\) are {dtype}.*{way_out}"):
         optimizer.step()
-    assert not optimizer.state and bool((weights == 1).all())
+    assert not optimizer.state and bool((weights.float() == 1).all() if not dtype.is_complex else True)
+
+
+def test_gradients_and_weights_that_do_not_fit_are_named() -> None:
+    """By a step, which changes nothing then."""
+    for gradient, message in (
+        (torch.ones(5, 3).to_sparse(), r"gradient of parameter 0 \(torch.float32 \(5, 3\).* is torch.sparse_coo.*sparse=F"),
+        (torch.ones(5, 3), ""),
+    ):
+        weights = nn.Parameter(torch.ones(5, 3))
+        optimizer = ProdigyPlusScheduleFree([weights])
+        weights.grad = gradient
+        if message:
+            with pytest.raises(ValueError, match=message):
+                optimizer.step()
+            assert torch.equal(weights, torch.ones(5, 3)) and optimizer.get_d() == [1e-6]
+        else:
+            optimizer.step()
+            weights.data = torch.ones(6, 3)
+            weights.grad = torch.ones(6, 3)
+            with pytest.raises(ValueError, match=r"weights of parameter 0 .* have shape \(6, 3\) here, their state \(5, 3\)"):
+                optimizer.step()
+    with pytest.raises(ValueError, match="complex64: allowed is a real one"):
+        refuse_gradient(torch.ones(5, dtype=torch.complex64), (5,), "w")
+    with pytest.raises(ValueError, match=r"shape \(5,\) here, its weights \(6,\).*zero_grad"):
+        refuse_gradient(torch.ones(5), (6,), "w")
+    refuse_gradient(torch.ones(5, 3), (5, 3), "w")
+    refuse_reshaped((5,), (5,), "w")
+
+
+def test_numbers_of_numpy_and_others_are_the_numbers_that_they_are() -> None:
+    switch: Any = np.True_
+    optimizer = quiet(
+        [parameter()],
+        lr=np.float32(0.5),
+        betas=(np.float64(0.5), Fraction(1, 2)),
+        prodigy_steps=np.int64(3),
+        weight_decay=torch.tensor(0.25),
+        use_speed=np.False_,
+        d_limiter=switch,
+        seed=np.int32(3),
+    )
+    (group,) = optimizer.param_groups
+    assert {type(group[name]) for name in ("lr", "weight_decay")} == {float} and group["betas"] == (0.5, 0.5)
+    assert type(group["prodigy_steps"]) is int and group["d_limiter"] is True and group["use_speed"] is False
+
+
+@pytest.mark.parametrize("name", ["lr", "d0", "weight_decay", "prodigy_steps", "seed", "schedulefree_c", "eps"])
+def test_huge_integers_are_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}=an integer of 1329 bits is out of range: allowed is"):
+        ProdigyPlusScheduleFree([parameter()], **{name: 10**400})
+
+
+def test_numbers_beyond_fp32_are_named() -> None:
+    with pytest.raises(ValueError, match=r"lr=1e\+39 is out of range.*at most 3.4e\+38 as numbers of a step are fp32"):
+        ProdigyPlusScheduleFree([parameter()], lr=1e39)
+
+
+@pytest.mark.parametrize(
+    ("given", "allowed"),
+    [
+        ({"d0": 1e-20}, r"d0=1e-20 .*betas\[1\]=0.99.*allowed is 1.1e-18 <= d0"),
+        ({"d0": 1e25}, r"d0=1e\+25 .*<= d0 <= 1.8e\+19"),
+        ({"d0": 1e-17, "eps": 1e-25}, r"eps=1e-25.*allowed is 1.2e-13 <= d0"),
+        ({"d0": 1e-12, "betas": (0.9, 1 - 1e-15)}, "allowed is 3.4e-12 <= d0"),
+    ],
+)
+def test_step_sizes_that_fp32_cannot_carry_are_refused(given: dict[str, Any], allowed: str) -> None:
+    with pytest.raises(ValueError, match=allowed):
+        ProdigyPlusScheduleFree([parameter()], **given)
+    with pytest.raises(ValueError, match=f"{allowed}.*parameter group 1"):
+        ProdigyPlusScheduleFree([{"params": [parameter()]}, {"params": [parameter()], **given}])
+
+
+@pytest.mark.parametrize("d0", [1.1e-18, 1e-12, 1e-6, 1.0, 1e12])
+def test_numbers_of_a_step_are_normal_in_fp32(d0: float) -> None:
+    quiet([parameter()], d0=d0)
+    tiny, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    assert all(tiny <= value <= largest for value in (d0 * d0 * (1 - 0.99), d0 * d0 / math.sqrt(d0), d0 * 1e-8))
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"), [("use_sped", "use_speed"), ("weigth_decay", "weight_decay"), ("beta", "betas")]
+)
+def test_a_typo_in_a_group_is_named(key: str, meant: str) -> None:
+    says = f"{key}=1 in a parameter group is no argument: did you mean {meant}.*parameter group 1"
+    with pytest.raises(ValueError, match=says):
+        ProdigyPlusScheduleFree([{"params": [parameter()]}, {"params": [parameter()], key: 1}])
+    optimizer = quiet([parameter()])
+    with pytest.raises(ValueError, match=says):
+        optimizer.add_param_group({"params": [parameter()], key: 1})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_keys_of_a_persons_own_stay_in_a_group() -> None:
+    own = {"name": "encoder", "initial_lr": 1.0, "lr_scale": 0.5, "weight_decay_mult": 2}
+    assert own.items() <= quiet([{"params": [parameter()], **own}]).param_groups[0].items()
+    with pytest.raises(ValueError, match="seed=3 .* belongs to the whole optimizer"):
+        ProdigyPlusScheduleFree([{"params": [parameter()], "seed": 3}])
+
+
+def test_a_late_group_whose_warning_is_an_error_is_not_added() -> None:
+    optimizer = quiet([parameter()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="leave it at 1.0"):
+            optimizer.add_param_group({"params": [parameter()], "lr": 1e-3})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_with_a_process_group_a_copy_is_refused() -> None:
+    optimizer = quiet([parameter()])
+    optimizer._engine.process_group = cast(Any, object())
+    with pytest.raises(TypeError, match=r"process_group= cannot be copied .* state_dict\(\)"):
+        copy.deepcopy(optimizer)

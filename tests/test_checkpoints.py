@@ -123,7 +123,7 @@ def test_other_shapes_groups_and_versions_are_refused() -> None:
     _, optimizer, state = _saved()
     other = copy.deepcopy(state)
     other["state"][0]["z"] = torch.zeros(3, 3)
-    _refused(optimizer, other, r"z of parameter 0 .*shape \(3, 3\)")
+    _refused(optimizer, other, r"z has shape \(3, 3\).*parameter 0 ")
     other = copy.deepcopy(state)
     del other["state"][0]["z"]
     _refused(optimizer, other, "'z'")

@@ -52,7 +52,7 @@ def factoring(shape: Sequence[int]) -> Factoring | None:
 
     Axes are ranked by (size, index): the last is dr and the one before it dc, so ties go to the higher index.
     """
-    if len(shape) < 2 or max(shape) < FACTOR_MIN_DIM:
+    if len(shape) < 2 or max(shape) < FACTOR_MIN_DIM or 0 in shape:
         return None
     ranked = sorted(range(len(shape)), key=lambda axis: (shape[axis], axis))
     return Factoring(tuple(shape), dr=ranked[-1], dc=ranked[-2])

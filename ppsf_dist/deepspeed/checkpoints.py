@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppsf_dist.checkpoint import SAMPLED, WHOLE, read_groups
+from ppsf_dist.checkpoint import SAMPLED, WHOLE, check_state, of_the_checkpoint, read_groups
 from ppsf_dist.deepspeed.gather import gather_samples
 from ppsf_dist.deepspeed.shards import Partition, ZeroShard
 from ppsf_dist.sharding import team_of_ranks
@@ -62,7 +62,9 @@ def from_deepspeed(partition: Partition, state_dict: dict[str, Any], state: Stat
     Raises:
         ValueError: it was returned by a rank with other slices, or the groups do not fit. Nothing is changed then.
     """
-    groups = read_groups(state_dict, _as_given(partition))
+    saved = [{name: value for name, value in group.items() if name != KEY} for group in state_dict["param_groups"]]
+    groups = read_groups({"param_groups": saved}, _as_given(partition))
+    group_of = _groups_by_place(partition, groups)
     entries = {place: (entry, kept) for entry in state_dict["state"].values() for place, kept in entry[KEY].items()}
     loaded: State = {}
     for place, shard in partition.slices.items():
@@ -75,6 +77,8 @@ def from_deepspeed(partition: Partition, state_dict: dict[str, Any], state: Stat
             )
         if kept["state"] is not None:
             loaded[shard.param] = _read(shard, entry, kept["state"])
+            with of_the_checkpoint(f"parameter {place} of the checkpoint", "what was saved"):
+                check_state(shard, loaded[shard.param], group_of[place])
     _take_over(partition, state, loaded, groups)
 
 
@@ -99,6 +103,7 @@ def from_universal(partition: Partition, state: State) -> None:
     if refusal:
         raise ValueError(f"the universal checkpoint cannot be used: {refusal}")
     groups = read_groups({"param_groups": kept["groups"]}, _as_given(partition))
+    group_of = _groups_by_place(partition, groups)
     loaded: State = {}
     for place, shard in partition.slices.items():
         whole = kept["params"].get(place)
@@ -114,11 +119,17 @@ def from_universal(partition: Partition, state: State) -> None:
             if name in rest:
                 rest[name] = shard.extract_samples(rest[name])
         loaded[shard.param] = _read(shard, state[shard.flat], rest)
+        with of_the_checkpoint(f"parameter {place} of the universal checkpoint", "what was saved"):
+            check_state(shard, loaded[shard.param], group_of[place])
     _take_over(partition, state, loaded, groups)
 
 
 def _as_given(partition: Partition) -> list[dict[str, Any]]:
     return [{**group, "params": params} for group, params in zip(partition.groups, partition.given, strict=True)]
+
+
+def _groups_by_place(partition: Partition, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [group for group, params in zip(groups, partition.given, strict=True) for _ in params]
 
 
 def _take_over(partition: Partition, state: State, loaded: State, groups: list[dict[str, Any]]) -> None:

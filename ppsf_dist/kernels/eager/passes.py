@@ -225,8 +225,11 @@ def _of_axes(factors: Tensor, work: Work) -> tuple[Tensor, Tensor] | None:
 
 
 def _sum(tile: Tensor) -> Tensor:
-    """Sum over each piece of a tile. torch sums in blocks, so fp64 is needed only to add up tiles."""
-    return tile.reshape(len(tile), -1).sum(1).double()
+    """Sum over each piece of a tile, in fp64.
+
+    From a rounded starting point the terms of Prodigy's sum cancel, up to a hundred thousand to one.
+    """
+    return tile.reshape(len(tile), -1).sum(1, dtype=torch.float64)
 
 
 def _largest(squares: Tensor) -> Tensor:
@@ -239,7 +242,8 @@ def _dot(u: Tensor) -> Tensor:
     if len(u) == 1:
         flat = u.reshape(-1)
         return torch.dot(flat, flat).double()
-    return _sum(u * u)
+    # Nothing cancels here, and torch sums in blocks.
+    return (u * u).reshape(len(u), -1).sum(1).double()
 
 
 def _gate(gates: Gates, which: int, work: Work) -> Tensor | bool:
