@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ppsf_dist import checkpoint
-from ppsf_dist.adapters import Layout, Part, find_layout, find_team
+from ppsf_dist.adapters import Layout, Part, check_calling_framework, find_layout, find_team
 from ppsf_dist.algorithm import averaging
 from ppsf_dist.host import HostAccess
 from ppsf_dist.kernels.eager import EagerKernels
@@ -351,6 +351,7 @@ class ProdigyPlusScheduleFree(Optimizer):
     def _current_layout(self) -> Layout:
         """How the parameters stand in the groups now, after taking over what a framework has loaded there."""
         groups = self._groups
+        check_calling_framework(groups)
         if self._layout is None or self._layout.groups is not groups or not self._layout.is_current():
             self._layout = find_layout(groups, self._given)
         if self._layout.adopt(self.state):
