@@ -194,7 +194,7 @@ def test_a_save_that_is_killed_leaves_the_one_before(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root)}
     arguments = [sys.executable, "-c", KILLED_SAVE, str(tmp_path)]
-    ended = subprocess.run(arguments, env=environment, cwd=root, timeout=120, capture_output=True, check=False)
+    ended = subprocess.run(arguments, env=environment, cwd=root, capture_output=True, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
     model, optimizer = build("single")
     assert load_checkpoint(tmp_path, model, optimizer) == {"step": 3}
