@@ -32,6 +32,7 @@ FOREIGN = (
     "MPI",
     "SLURM_",
     "CROSS",
+    "PPSF_SECRET",
 )
 
 SRUN = """#!{python}
