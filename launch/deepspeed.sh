@@ -16,16 +16,22 @@
 # PYTHON           interpreter (default: python); TRAIN_SCRIPT: another script instead of launch/train.py
 set -euo pipefail
 
-script=${TRAIN_SCRIPT:-"$(dirname "${BASH_SOURCE[0]}")/train.py"}
-python=${PYTHON:-python}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+source "$(dirname "${BASH_SOURCE[0]}")/checks.sh"
+check_common
+check_file HOSTFILE
+check_address MASTER_ADDR
+check_port MASTER_PORT
 
 if [[ -z ${HOSTFILE:-} ]]; then
-    nproc=${NPROC_PER_NODE:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+    check_number NODE_RANK 0 0 "without HOSTFILE this host is the only one"
     # Two jobs on a host would both take deepspeed's fixed 29500.
     free='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
-    where=(--num_gpus "$nproc" --master_port "${MASTER_PORT:-$("$python" -c "$free")}")
+    port=${MASTER_PORT:-$("$python" -c "$free")}
+    where=(--num_gpus "$nproc" --master_port "$port")
 else
+    hosts=$(grep -cEv '^[[:space:]]*(#|$)' "$HOSTFILE") ||
+        refuse HOSTFILE 'must have a line for each host: "node0 slots=8"'
+    check_number NODE_RANK 0 $((hosts - 1)) "HOSTFILE=$HOSTFILE names $hosts hosts"
     where=(
         --hostfile "$HOSTFILE"
         ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"}

@@ -15,19 +15,22 @@
 # PYTHON           interpreter (default: python); TRAIN_SCRIPT: another script instead of launch/train.py
 set -euo pipefail
 
-script=${TRAIN_SCRIPT:-"$(dirname "${BASH_SOURCE[0]}")/train.py"}
-python=${PYTHON:-python}
-mpirun=$(command -v "${MPIRUN:-mpirun}") || {
-    echo "mpirun.sh: there is no ${MPIRUN:-mpirun}: set MPIRUN to its path, or pip install mpi4py mpich" >&2
-    exit 1
+source "$(dirname "${BASH_SOURCE[0]}")/checks.sh"
+mpirun=$(command -v -- "${MPIRUN:-mpirun}") || {
+    echo "mpirun.sh: there is no MPIRUN=${MPIRUN:-mpirun}: set MPIRUN to its path, or pip install mpi4py mpich" >&2
+    exit 2
 }
-nproc=${NPROC_PER_NODE:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+check_common
+check_form HOSTS '[A-Za-z0-9_][A-Za-z0-9_.-]*(,[A-Za-z0-9_][A-Za-z0-9_.-]*)*' \
+    "must be host names with commas between them, such as node0,node1"
+check_form MPIRUN_FLAGS '[^[:cntrl:]]*' "must be options on one line with spaces between them"
+check_address MASTER_ADDR
+check_port MASTER_PORT
 hosts=()
 [[ -z ${HOSTS:-} ]] || IFS=, read -ra hosts <<<"$HOSTS"
 read -ra flags <<<"${MPIRUN_FLAGS:-}"
 flags+=(-n $((nproc * (${#hosts[@]} > 0 ? ${#hosts[@]} : 1))))
 
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [[ $("$mpirun" --version) == *"Open MPI"* ]]; then
     # Open MPI ties each rank to one core, data loading included, unless it is told not to.
     flags+=(--bind-to none)

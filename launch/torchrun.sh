@@ -19,16 +19,28 @@
 # Where gloo or NCCL picks the wrong network, set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the interface, such as eth0.
 set -euo pipefail
 
-script=${TRAIN_SCRIPT:-"$(dirname "${BASH_SOURCE[0]}")/train.py"}
-python=${PYTHON:-python}
-nproc=${NPROC_PER_NODE:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+source "$(dirname "${BASH_SOURCE[0]}")/checks.sh"
+# torchrun prints a warning, and sets the same, without OMP_NUM_THREADS.
+check_common
+check_form NNODES '[1-9][0-9]{0,4}(:[1-9][0-9]{0,4})?' \
+    "must be a number of hosts, such as 2, or the fewest and the most, such as 1:2"
+hosts=${NNODES:-1}
+((${hosts%:*} <= ${hosts#*:})) || refuse NNODES "must have the fewest hosts before the most, such as 1:2"
+case $hosts in
+*:*) check_number NODE_RANK 0 99999 ;;
+*) check_number NODE_RANK 0 $((hosts - 1)) "NNODES=$hosts says how many hosts there are" ;;
+esac
+check_address MASTER_ADDR
+check_port MASTER_PORT
+check_address LOCAL_ADDR
+check_number JOIN_TIMEOUT 1 999999999
+check_number MAX_RESTARTS 0 999999999
+check_form JOB_ID '[A-Za-z0-9_][A-Za-z0-9_.:-]*' "must be a word of letters, digits, and . _ : - inside"
 
-# torchrun prints a warning, and sets the same, without it.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Workers that share the store of the agents meet the addresses of the attempt that failed, and the restart hangs.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
-if [[ ${NNODES:-1} == 1 ]]; then
+if [[ $hosts == 1 ]]; then
     where=(--standalone)
 else
     : "${NODE_RANK:?set it to the number of this host, 0 on the one that MASTER_ADDR names}"
@@ -43,13 +55,14 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
     probe.connect((sys.argv[1], 9))
     address = probe.getsockname()[0]
 print(sys.argv[1] if address.startswith("127.") else address)'
+    local_addr=${LOCAL_ADDR:-$("$python" -c "$reached_from" "$MASTER_ADDR")}
     where=(
-        --nnodes "$NNODES"
+        --nnodes "$hosts"
         --rdzv-backend c10d
         --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29400}"
         --rdzv-id "${JOB_ID:-ppsf}"
         --rdzv-conf "is_host=$is_host,join_timeout=${JOIN_TIMEOUT:-600}"
-        --local-addr "${LOCAL_ADDR:-$("$python" -c "$reached_from" "$MASTER_ADDR")}"
+        --local-addr "$local_addr"
     )
 fi
 

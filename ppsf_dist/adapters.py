@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
@@ -19,6 +20,8 @@ from ppsf_dist.sharding import Shard, Team, plain_shard, team_of_ranks
 Group = dict[str, Any]
 Part = frozenset[int]
 State = dict[Tensor, dict[str, Any]]
+
+ENGINE_MODULE = "deepspeed.runtime.engine"
 
 
 class Member(NamedTuple):
@@ -160,16 +163,44 @@ class CopiesLayout(Layout):
         ]
 
 
-def find_layout(groups: list[Group], given: list[list[Tensor]]) -> Layout:
-    """How the parameters that the groups were made with stand in ``param_groups`` now.
+def check_calling_framework(groups: Sequence[Group]) -> None:
+    """Let the framework that a call comes from, if any, refuse what it asks for and what cannot work.
+
+    To be called at the head of every call that a framework makes: what was called before says nothing about the engine
+    that is calling now, and one optimizer may serve several engines after each other.
 
     Raises:
-        ValueError: a DeepSpeed engine is stepping, and its config asks for what cannot work.
+        ValueError: a DeepSpeed engine is calling, and its config asks for what cannot work.
+        NotImplementedError: that engine has pipeline stages.
     """
-    if "deepspeed" in sys.modules:
-        from ppsf_dist.deepspeed.config import check_calling_engine
+    engine = _calling_engine()
+    if engine is not None:
+        from ppsf_dist.deepspeed.config import check_engine
 
-        check_calling_engine(averages=any(group["use_schedulefree"] for group in groups))
+        check_engine(engine, groups)
+
+
+def _calling_engine() -> Any:
+    """The DeepSpeed engine that this call comes from, or None.
+
+    Without ZeRO nothing about an optimizer or its tensors tells of the engine: only the stack leads there. Who has not
+    imported DeepSpeed's engine is called by none.
+    """
+    module = sys.modules.get(ENGINE_MODULE)
+    if module is None:
+        return None
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_globals is vars(module):
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, module.DeepSpeedEngine):
+                return caller
+        frame = frame.f_back
+    return None
+
+
+def find_layout(groups: list[Group], given: list[list[Tensor]]) -> Layout:
+    """How the parameters that the groups were made with stand in ``param_groups`` now."""
     if len(given) != len(groups):
         # DeepSpeed removes groups without parameters.
         given = [params for params in given if params]

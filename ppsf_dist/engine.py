@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppsf_dist.adapters import Group, Layout, Member, Part, State, find_layout, find_team
+from ppsf_dist.adapters import Group, Layout, Member, Part, State, check_calling_framework, find_layout, find_team
 from ppsf_dist.host import HostAccess
 from ppsf_dist.kernels.eager import EagerKernels
 from ppsf_dist.kernels.interface import Kernels
@@ -106,6 +106,7 @@ class Engine:
     def current_layout(self) -> Layout:
         """How the parameters stand in the groups now, after taking over what a framework has loaded there."""
         groups = self.groups
+        check_calling_framework(groups)
         if self._layout is None or self._layout.groups is not groups or not self._layout.is_current():
             self._layout = find_layout(groups, self.given)
         if self._layout.adopt(self.state):

@@ -84,7 +84,8 @@ def refuse_reshaped(now: Sequence[int], planned: Sequence[int], where: object) -
     if tuple(now) != tuple(planned):
         raise ValueError(
             f"the weights of {where} have shape {tuple(now)} here, their state {tuple(planned)}: param.data was "
-            "replaced by a tensor of another shape, to which moments and starting point do not belong; build a new optimizer"
+            "replaced by a tensor of another shape, to which moments and starting point do not belong; build a new "
+            "optimizer"
         )
 
 

@@ -3,12 +3,44 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
+from types import FrameType
 
 import pytest
+import pytest_timeout  # type: ignore[import-untyped]
+
+from tests.harness.patience import Patience, family, watched
 
 # Before torch is imported: with more threads the order of summation would depend on the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A test may use this many times the processor time that it may do nothing.
+WORK_PER_IDLENESS = 2
+_WATCH = pytest.StashKey[ExitStack]()
+
+
+@pytest.hookimpl(tryfirst=True, optionalhook=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: pytest_timeout.Settings) -> bool:
+    """``timeout`` counts seconds in which neither the test nor a process that it started works, on no clock."""
+
+    def fail(number: int, frame: FrameType | None) -> None:
+        pytest_timeout.timeout_sigalrm(item, settings)
+
+    def patience() -> Patience:
+        return Patience(settings.timeout, lambda: family(os.getpid()), work=WORK_PER_IDLENESS * settings.timeout)
+
+    item.stash[_WATCH] = ExitStack()
+    item.stash[_WATCH].callback(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, fail))
+    item.stash[_WATCH].enter_context(watched(patience, lambda: os.kill(os.getpid(), signal.SIGALRM)))
+    return True
+
+
+@pytest.hookimpl(tryfirst=True, optionalhook=True)
+def pytest_timeout_cancel_timer(item: pytest.Item) -> bool:
+    """Called more than once, and for what was never watched."""
+    item.stash.get(_WATCH, ExitStack()).close()
+    return True
 
 
 @pytest.fixture(scope="session", autouse=True)

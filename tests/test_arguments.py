@@ -283,7 +283,7 @@ def test_weights_that_cannot_be_stepped_are_refused(dtype: torch.dtype, way_out:
 def test_gradients_and_weights_that_do_not_fit_are_named() -> None:
     """By a step, which changes nothing then."""
     for gradient, message in (
-        (torch.ones(5, 3).to_sparse(), r"gradient of parameter 0 \(torch.float32 \(5, 3\).* is torch.sparse_coo.*sparse=F"),
+        (torch.ones(5, 3).to_sparse(), r"gradient of parameter 0 .*\(5, 3\).* is torch.sparse_coo.*sparse=F"),
         (torch.ones(5, 3), ""),
     ):
         weights = nn.Parameter(torch.ones(5, 3))
@@ -297,7 +297,7 @@ def test_gradients_and_weights_that_do_not_fit_are_named() -> None:
             optimizer.step()
             weights.data = torch.ones(6, 3)
             weights.grad = torch.ones(6, 3)
-            with pytest.raises(ValueError, match=r"weights of parameter 0 .* have shape \(6, 3\) here, their state \(5, 3\)"):
+            with pytest.raises(ValueError, match=r"parameter 0 .* have shape \(6, 3\) here, their state \(5, 3\)"):
                 optimizer.step()
     with pytest.raises(ValueError, match="complex64: allowed is a real one"):
         refuse_gradient(torch.ones(5, dtype=torch.complex64), (5,), "w")

@@ -134,10 +134,10 @@ def test_every_number_is_that_of_a_real_run(strategy: str, dtype: torch.dtype) -
 
 def test_seventy_billion_parameters_on_a_thousand_ranks_take_no_time() -> None:
     shapes = [((8192, 8192), torch.float32), ((28672, 8192), torch.float32), ((8192, 28672), torch.float32)] * 128
-    began = time.perf_counter()
+    began = time.process_time()
     switches = switches_of(ProdigyPlusScheduleFree([torch.zeros(1, requires_grad=True)]))
     foreseen = forecast(shapes, switches, "fsdp", 1000)
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
     assert foreseen.total.elements == 128 * (8192 * 8192 + 2 * 28672 * 8192)
     # 8192 rows in pieces of 9 and 28672 in pieces of 29 leave the last rank with none.
     assert foreseen.shares[-1] == replace(

@@ -1,17 +1,15 @@
-"""How ranks find the store of rank 0 without racing for a TCP port.
+"""The store of rank 0, where the ranks meet, opened without racing for a TCP port.
 
-Rank 0 opens the store first and tells its port afterwards, so at no moment can another process take that port.
+Rank 0 opens the store first and tells its port afterwards, so at no moment can another process take that port. The
+store listens on one address of its host: whoever reaches it there can read and change what the ranks tell each other.
 """
 
 from __future__ import annotations
 
+import errno
+import ipaddress
 import logging
 import socket
-import socketserver
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -19,9 +17,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch ha
 
 DEFAULT_TIMEOUT = timedelta(minutes=5)
 ANY_PORT = 0
-ASK_SECONDS = 2.0
-PAUSE_SECONDS = 0.2
-LONGEST_ANSWER = 256
+DISCARD_PORT = 9
+BACKLOG = 1024
 
 logger = logging.getLogger(__name__)
 
@@ -31,84 +28,116 @@ def port_is_taken(error: dist.DistNetworkError) -> bool:
     return "EADDRINUSE" in str(error)
 
 
-def open_store(address: str, port: int, world_size: int, timeout: timedelta) -> TCPStore:
-    """Opens the store of rank 0 on ``port``, or on a free one if that is taken or 0; ``store.port`` tells which."""
+def own_address(address: str, other_host: str | None = None) -> str:
+    """The numeric address of this host that ``address`` stands for, on which other hosts reach it.
 
-    def listen(on: int) -> TCPStore:
-        # multi_tenant: a later env:// in this process then shares the server instead of finding its port taken.
-        return TCPStore(
-            address, on, world_size, is_master=True, timeout=timeout, wait_for_workers=False, multi_tenant=True
-        )
+    Args:
+        address: a name or an address of this host.
+        other_host: another host of the job. Many systems give a host's own name an address that no other host reaches
+            (127.0.1.1); this host's address towards ``other_host`` takes its place.
 
+    Raises:
+        RuntimeError: ``address`` is not found, or is no address of this host.
+    """
     try:
-        return listen(port)
-    except dist.DistNetworkError as error:
-        if port == ANY_PORT or not port_is_taken(error):
-            raise
-    store = listen(ANY_PORT)
-    logger.warning("MASTER_PORT=%d is taken on this host: using port %d instead.", port, store.port)
-    return store
+        found = list(dict.fromkeys(str(info[4][0]) for info in socket.getaddrinfo(address, None)))
+    except OSError as error:
+        raise RuntimeError(
+            f"Address {address!r} is not found ({error}): set MASTER_ADDR to an address of rank 0's host."
+        ) from error
+    if other_host is not None and all(_is_loopback(candidate) for candidate in found):
+        try:
+            found = [address_towards(other_host)]
+        except RuntimeError as error:
+            logger.info("%s stays %s: %s", address, found[0], error)
+    ours = [candidate for candidate in found if _is_ours(candidate)]
+    if not ours:
+        raise RuntimeError(
+            f"Address {address!r} ({', '.join(found)}) is none of {socket.gethostname()}, the host of rank 0: set "
+            "MASTER_ADDR to an address of that host."
+        )
+    return ours[0]
+
+
+def address_towards(host: str) -> str:
+    """The address under which another host sees this one; a UDP connect sends no packet.
+
+    Raises:
+        RuntimeError: ``host`` is not found, or is this one.
+    """
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, DISCARD_PORT, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(place)
+            address = str(probe.getsockname()[0])
+    except OSError as error:
+        raise RuntimeError(
+            f"Host {host!r} is not found ({error}): set MASTER_ADDR to an address of rank 0's host."
+        ) from error
+    if _is_loopback(address):
+        raise RuntimeError(f"Host {host!r} resolves to this one: set MASTER_ADDR to an address of rank 0's host.")
+    return address
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
+
+
+def _is_ours(address: str) -> bool:
+    """Whether this host can listen on an address. On all of its addresses at once is no answer."""
+    if ipaddress.ip_address(address).is_unspecified:
+        return False
+    with socket.socket(_family(address), socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((address, ANY_PORT))
+        except OSError:
+            return False
+    return True
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def open_store(address: str, port: int, world_size: int, timeout: timedelta) -> TCPStore:
+    """Opens the store of rank 0 on ``port``, or on a free one if that is taken or 0; ``store.port`` tells which.
+
+    Args:
+        address: numeric address of this host. Nothing listens on its other addresses.
+        port: TCP port, or 0.
+        world_size: number of ranks.
+        timeout: of the store's calls.
+
+    Raises:
+        RuntimeError: this host cannot listen there.
+    """
+    try:
+        listener = _listener(address, port)
+    except OSError as error:
+        if port == ANY_PORT or error.errno != errno.EADDRINUSE:
+            raise RuntimeError(
+                f"Rank 0 cannot listen on {address}, port {port} ({error}): set MASTER_ADDR and MASTER_PORT to an "
+                "address and a free port of its host."
+            ) from error
+        listener = _listener(address, ANY_PORT)
+        logger.warning("MASTER_PORT=%d is taken on this host: using port %d instead.", port, listener.getsockname()[1])
+    # multi_tenant: a later env:// in this process then shares the server instead of finding its port taken.
+    return TCPStore(
+        address,
+        listener.getsockname()[1],
+        world_size,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def _listener(address: str, port: int) -> socket.socket:
+    return socket.create_server((address, port), family=_family(address), backlog=BACKLOG)
 
 
 def join_store(address: str, port: int, world_size: int, timeout: timedelta) -> TCPStore:
     """Connects to the open store of rank 0."""
     return TCPStore(address, port, world_size, is_master=False, timeout=timeout, wait_for_workers=False)
-
-
-@contextmanager
-def announced(answer: int, token: str, ports: Sequence[int]) -> Iterator[None]:
-    """While open, whoever connects to the first free one of ``ports`` is told ``token`` and the number ``answer``.
-
-    Raises:
-        RuntimeError: all ``ports`` are taken.
-    """
-    line = f"{token} {answer}\n".encode()
-
-    class Teller(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            self.request.sendall(line)
-
-    def bind() -> socketserver.TCPServer:
-        for port in ports:
-            try:
-                return socketserver.TCPServer(("", port), Teller)
-            except OSError as error:
-                logger.info("Port %d cannot be used to announce the store: %s", port, error)
-        raise RuntimeError(
-            f"None of the ports {list(ports)} is free on this host: set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."
-        )
-
-    with bind() as server:
-        thread = threading.Thread(target=server.serve_forever, name="ppsf_dist-announce", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-def ask(address: str, ports: Sequence[int], token: str, timeout: timedelta) -> int:
-    """The number that rank 0 announces under ``token`` on one of ``ports``; strangers on these ports are passed over.
-
-    Raises:
-        RuntimeError: no such announcement within ``timeout``.
-    """
-    deadline = time.monotonic() + timeout.total_seconds()
-    while True:
-        for port in ports:
-            try:
-                with socket.create_connection((address, port), timeout=ASK_SECONDS) as connection:
-                    words = connection.makefile("rb").readline(LONGEST_ANSWER).split()
-            except OSError as error:
-                reason = f"{type(error).__name__}: {error}"
-                continue
-            if len(words) == 2 and words[0] == token.encode():
-                return int(words[1])
-            reason = f"port {port} belongs to another program"
-        if time.monotonic() > deadline:
-            raise RuntimeError(
-                f"Rank 0 was not found on {address}, ports {list(ports)}, within {timeout} ({reason}): see whether it "
-                f"started, and set MASTER_ADDR to an address of its host that all hosts reach."
-            )
-        time.sleep(PAUSE_SECONDS)

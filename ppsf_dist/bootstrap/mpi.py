@@ -7,19 +7,17 @@ plain processes: the traceback and the exit code of a failing rank survive and t
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from datetime import timedelta
 from types import ModuleType
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch has it, its stubs do not
 
-from ppsf_dist.bootstrap.meeting import ANY_PORT, join_store, open_store
-from ppsf_dist.bootstrap.place import LOOPBACK, Place, integer, optional_integer
+from ppsf_dist.bootstrap.meeting import ANY_PORT, address_towards, join_store, open_store, own_address
+from ppsf_dist.bootstrap.place import LARGEST_PORT, LOOPBACK, Place, integer, optional_integer
 
 # Hydra (MPICH, Intel MPI) sets MPI_LOCALNRANKS beside PMI_SIZE; srun --mpi=pmi2 sets PMI_SIZE alone.
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE")
-DISCARD_PORT = 9
 
 
 def size_variable() -> str | None:
@@ -101,8 +99,10 @@ def _agree(MPI: ModuleType, variable: str, timeout: timedelta) -> Place:
     if rank == 0:
         # An error goes to the others by the same broadcast: they would wait for it otherwise.
         try:
-            address = os.environ.get("MASTER_ADDR") or (LOOPBACK if len(hosts) == 1 else _address_towards(hosts[1]))
-            store = open_store(address, optional_integer("MASTER_PORT") or ANY_PORT, world_size, timeout)
+            other_host = hosts[1] if len(hosts) > 1 else None
+            address = os.environ.get("MASTER_ADDR") or (address_towards(other_host) if other_host else LOOPBACK)
+            port = optional_integer("MASTER_PORT", most=LARGEST_PORT) or ANY_PORT
+            store = open_store(own_address(address, other_host), port, world_size, timeout)
             meeting = (address, store.port)
         except RuntimeError as error:
             meeting = str(error)
@@ -121,18 +121,3 @@ def _agree(MPI: ModuleType, variable: str, timeout: timedelta) -> Place:
         group_rank=group_rank,
         store=store or join_store(address, port, world_size, timeout),
     )
-
-
-def _address_towards(host: str) -> str:
-    """The address under which another host sees this one; a UDP connect sends no packet."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, DISCARD_PORT))
-            address = str(probe.getsockname()[0])
-    except OSError as error:
-        raise RuntimeError(
-            f"Host {host!r} is not found ({error}): set MASTER_ADDR to an address of rank 0's host."
-        ) from error
-    if address.startswith("127."):
-        raise RuntimeError(f"Host {host!r} resolves to this one: set MASTER_ADDR to an address of rank 0's host.")
-    return address

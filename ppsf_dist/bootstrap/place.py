@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 from torch.distributed import Store  # type: ignore[attr-defined]  # torch has it, its stubs do not
 
 LOOPBACK = "127.0.0.1"
+LARGEST_NUMBER = 999_999_999
+LARGEST_PORT = 65535
+# Programs disagree on what 08, +8 or the digits of other scripts mean: they are no numbers here.
+NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -50,21 +55,24 @@ def text(name: str) -> str:
     return value
 
 
-def integer(name: str) -> int:
-    """The value of an environment variable that holds a number >= 0.
+def integer(name: str, most: int = LARGEST_NUMBER) -> int:
+    """The value of an environment variable that holds a number from 0 to ``most``.
 
     Raises:
         RuntimeError: it is not set, or no such number.
     """
     value = text(name)
-    if not value.isdecimal():
-        raise RuntimeError(f"{name}={value!r} must be an integer >= 0: unset it or let the launcher set it.")
+    if not NUMBER.fullmatch(value) or int(value) > most:
+        raise RuntimeError(
+            f"{name}={value!r} must be an integer >= 0 and <= {most}, in decimal digits without leading zeros: unset "
+            "it or let the launcher set it."
+        )
     return int(value)
 
 
-def optional_integer(*names: str) -> int | None:
-    """The first of these environment variables that is set, as a number >= 0; None where none is."""
-    return next((integer(name) for name in names if os.environ.get(name)), None)
+def optional_integer(*names: str, most: int = LARGEST_NUMBER) -> int | None:
+    """The first of these environment variables that is set, as a number from 0 to ``most``; None where none is."""
+    return next((integer(name, most) for name in names if os.environ.get(name)), None)
 
 
 def half_set(present: list[str]) -> RuntimeError:
@@ -97,7 +105,7 @@ def place_from_environment() -> Place:
         rank=rank,
         world_size=world_size,
         address=text("MASTER_ADDR"),
-        port=integer("MASTER_PORT"),
+        port=integer("MASTER_PORT", LARGEST_PORT),
         local_rank=optional_integer("LOCAL_RANK"),
         # deepspeed has its own names for these two.
         local_world_size=optional_integer("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from ppsf_dist.adapters import check_calling_framework
 from ppsf_dist.optimizer import ProdigyPlusScheduleFree
 
 Config = Mapping[str, Any]
@@ -36,7 +37,7 @@ def build(params: Iterable[Any], **arguments: Any) -> ProdigyPlusScheduleFree:
                 f"optimizer.params.{name}={value!r} of the DeepSpeed config is no argument of ProdigyPlusScheduleFree: "
                 f"leave it out; there are {', '.join(allowed)}"
             )
-    check_calling_engine(averages=arguments.get("use_schedulefree", True))
+    check_calling_framework([arguments])
     return ProdigyPlusScheduleFree(params, **arguments)
 
 
@@ -54,11 +55,39 @@ def check_config(config: Config | str | Path, *, averages: bool | None = None) -
         ValueError: a setting that cannot work; the message names it and what to change.
     """
     if not isinstance(config, Mapping):
-        config = json.loads(Path(config).read_text())
-        assert isinstance(config, Mapping)
-    if averages is None:
-        averages = _at(config, "optimizer.params.use_schedulefree", True)
-    reasons = list(_refusals(config, averages=averages))
+        file, config = config, json.loads(Path(config).read_text())
+        if not isinstance(config, Mapping):
+            raise ValueError(f"the DeepSpeed config {file} holds no JSON object: write {{...}} around its settings")
+    arguments = dict(_at(config, "optimizer.params", {}))
+    if averages is not None:
+        arguments["use_schedulefree"] = averages
+    _check(config, [arguments])
+
+
+def check_engine(engine: DeepSpeedEngine, groups: Sequence[Mapping[str, Any]]) -> None:
+    """:func:`check_config` on the config of an engine, until it has passed once.
+
+    Args:
+        engine: the engine that calls its optimizer.
+        groups: the arguments of the optimizer, for each of its groups; a missing one has its default.
+
+    Raises:
+        ValueError: the config asks for what cannot work.
+        NotImplementedError: the engine has pipeline stages.
+    """
+    if _CHECKED in vars(engine):
+        return
+    if engine.pipeline_parallelism:
+        raise NotImplementedError(
+            "the model is a PipelineModule, whose stages would each find a step size of their own: shard it by ZeRO "
+            "alone, or use torch's pipeline stages with ProdigyPlusScheduleFree(..., process_group=)"
+        )
+    _check(engine._config._param_dict, groups)
+    setattr(engine, _CHECKED, True)
+
+
+def _check(config: Config, groups: Sequence[Mapping[str, Any]]) -> None:
+    reasons = list(_refusals(config, groups))
     if reasons:
         raise ValueError("this DeepSpeed config cannot work with ProdigyPlusScheduleFree: " + "; ".join(reasons))
     if "gradient_clipping" not in config:
@@ -67,42 +96,12 @@ def check_config(config: Config | str | Path, *, averages: bool | None = None) -
             f"1.0, which holds back the estimate of the step size d: add {NO_CLIPPING} to the config, or the norm "
             "that you want",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
-def check_calling_engine(*, averages: bool) -> None:
-    """:func:`check_config` on the config of the engine that this call comes from, once for each engine.
-
-    DeepSpeed tells its optimizers nothing about the engine or the config: only the stack leads to them.
-
-    Raises:
-        ValueError: the config asks for what cannot work.
-        NotImplementedError: the engine has pipeline stages.
-    """
-    engine = _calling_engine()
-    if engine is None or getattr(engine, _CHECKED, False):
-        return
-    if engine.pipeline_parallelism:
-        raise NotImplementedError(
-            "the model is a PipelineModule, whose stages would each find a step size of their own: shard it by ZeRO "
-            "alone, or use torch's pipeline stages with ProdigyPlusScheduleFree(..., process_group=)"
-        )
-    check_config(engine._config._param_dict, averages=averages)
-    setattr(engine, _CHECKED, True)
-
-
-def _calling_engine() -> Any:
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, DeepSpeedEngine):
-            return caller
-        frame = frame.f_back
-    return None
-
-
-def _refusals(config: Config, *, averages: bool) -> Iterator[str]:
+def _refusals(config: Config, groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    averages = any(group.get("use_schedulefree", True) for group in groups)
     offload = "zero_optimization.offload_optimizer"
     stage = _at(config, "zero_optimization.stage", 0)
     if _at(config, f"{offload}.ratio", 1.0) < 1.0:
@@ -132,10 +131,10 @@ def _refusals(config: Config, *, averages: bool) -> Iterator[str]:
             "fp16.enabled=true at zero_optimization.stage=0 makes DeepSpeed (0.19) divide the gradients by a loss "
             "scale that it has not multiplied the loss with: set zero_optimization.stage to 1, or fp16.loss_scale to 1"
         )
-    if _at(config, "optimizer.params.fused_back_pass", False):
+    if any(group.get("fused_back_pass", False) for group in groups):
         yield (
-            "optimizer.params.fused_back_pass=true steps parameters in the backward pass, where DeepSpeed has not yet "
-            "reduced their gradients: leave it out"
+            "fused_back_pass=true, an argument of the optimizer, steps parameters in the backward pass, where "
+            "DeepSpeed has not yet reduced their gradients: leave it out"
         )
     if _at(config, "tensor_parallel.autotp_size", 1) > 1:
         yield (

@@ -12,10 +12,19 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # torch has it, its stubs do not
 
-from ppsf_dist.bootstrap import init_process_group, meeting, mpi, process, slurm
+from ppsf_dist.bootstrap import init_process_group, meeting, mpi, place, process, slurm
 from tests.bootstrap.launchers import FOREIGN, listener
 
-SHORT = timedelta(seconds=5)
+# Rank 0 of a step of three on one host.
+SLURM = {
+    "SLURM_JOB_ID": str(os.getpid()),
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "3",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -175,43 +184,83 @@ def test_first_host_of_a_slurm_list(nodelist: str, host: str) -> None:
     assert slurm.first_host(nodelist) == host
 
 
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n2"),
+        ("login,n[07-09,12]", "n12"),
+        ("x,rack[2-3]n[04,06-08]-ib", "rack3n08-ib"),
+    ],
+)
+def test_last_host_of_a_slurm_list(nodelist: str, host: str) -> None:
+    assert slurm.last_host(nodelist) == host
+
+
+def test_an_empty_slurm_list() -> None:
+    with pytest.raises(RuntimeError, match="SLURM_STEP_NODELIST='' names no host: set MASTER_ADDR"):
+        slurm.first_host("")
+
+
+def test_secret_of_a_slurm_step(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    set_variables(monkeypatch, **SLURM, PPSF_SECRET="0123456789abcdef")
+    keys = {slurm.step_key(0), slurm.step_key(1)}
+    assert len(keys) == 1 and not caplog.text
+    for change in ({"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "1"}, {"PPSF_SECRET": "0123456789abcdeg"}):
+        set_variables(monkeypatch, **change)
+        keys.add(slurm.step_key(0))
+    assert len(keys) == 4
+    monkeypatch.setenv("PPSF_SECRET", "0123456789abcde")
+    with pytest.raises(RuntimeError, match="PPSF_SECRET has 15 characters.* allowed are 16 or more") as error:
+        init_process_group()
+    assert "0123456789" not in str(error.value)
+
+
+def test_a_slurm_step_without_a_secret_says_who_may_ask(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    set_variables(monkeypatch, **SLURM)
+    assert slurm.step_key(1) == slurm.step_key(2) and not caplog.text
+    assert slurm.step_key(0) == slurm.step_key(1)
+    assert "PPSF_SECRET is not set: who knows the id of this job can ask" in caplog.text
+
+
 def test_tasks_on_each_slurm_host() -> None:
     assert [slurm.tasks_on_host("4(x2),3,1(x2)", host) for host in range(5)] == [4, 4, 3, 1, 1]
     with pytest.raises(RuntimeError, match="SLURM_STEP_TASKS_PER_NODE='4' has no host 1"):
         slurm.tasks_on_host("4", 1)
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [listener() for _ in range(count)]
-    ports = [int(held.getsockname()[1]) for held in sockets]
-    for held in sockets:
-        held.close()
-    return ports
+@pytest.mark.parametrize("tasks", ["", "4(x2", "four", "4(x2) 3", "٤"])
+def test_tasks_that_slurm_does_not_write(tasks: str) -> None:
+    with pytest.raises(RuntimeError, match="SLURM_STEP_TASKS_PER_NODE=.* has no host 0"):
+        slurm.tasks_on_host(tasks, 0)
 
 
-def test_announcement_is_found_among_strangers() -> None:
-    silent = listener()
-    other, ours = free_ports(2)
-    ports = [silent.getsockname()[1], other, ours]
-    with silent, meeting.announced(1, "another-job", [other]), meeting.announced(2, "this-job", ports):
-        assert meeting.ask("127.0.0.1", ports, "this-job", SHORT) == 2
-        assert meeting.ask("127.0.0.1", ports, "another-job", SHORT) == 1
+@pytest.mark.parametrize("value", ["", "x", "-1", "+1", "1.0", " 1", "08", "٣", "1\n", "9" * 5000])
+def test_what_is_no_number(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("RANK", value)
+    with pytest.raises(RuntimeError, match="^RANK(=.* must be an integer >= 0 .*without leading zeros| is not set)"):
+        place.integer("RANK")
 
 
-def test_announcement_that_never_comes() -> None:
-    ports = free_ports(1)
-    with pytest.raises(RuntimeError, match=rf"Rank 0 was not found on 127.0.0.1, ports \[{ports[0]}\].*refused"):
-        meeting.ask("127.0.0.1", ports, "this-job", timedelta(seconds=0.5))
+def test_what_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("0", "7", "999999999"):
+        monkeypatch.setenv("RANK", value)
+        assert place.integer("RANK") == int(value)
 
 
-def test_no_port_left_to_announce_on() -> None:
-    with listener() as taken, pytest.raises(RuntimeError, match="None of the ports .* is free"):
-        with meeting.announced(1, "this-job", [taken.getsockname()[1]]):
-            raise AssertionError("the port was taken")
+@pytest.mark.parametrize("port", ["65536", "-1", "029500"])
+@pytest.mark.parametrize("launcher", [{"RANK": "0", "WORLD_SIZE": "1"}, SLURM])
+def test_what_is_no_port(monkeypatch: pytest.MonkeyPatch, launcher: dict[str, str], port: str) -> None:
+    set_variables(monkeypatch, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **launcher)
+    with pytest.raises(RuntimeError, match=f"MASTER_PORT='{port}' must be an integer >= 0 and <= 65535"):
+        init_process_group()
 
 
 def test_slurm_step_of_which_a_rank_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_variables(monkeypatch, SLURM_JOB_ID=str(os.getpid()), SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="3")
-    set_variables(monkeypatch, SLURM_STEP_NUM_NODES="1", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NODEID="0")
-    with pytest.raises(RuntimeError, match=r"Ranks \[1, 2\] did not come within 0:00:01"):
-        init_process_group(timeout=timedelta(seconds=1))
+    set_variables(monkeypatch, **SLURM)
+    # The store itself has all the time that it needs; only the wait for the others ends soon.
+    monkeypatch.setattr(slurm, "open_store", lambda a, p, n, _: meeting.open_store(a, p, n, meeting.DEFAULT_TIMEOUT))
+    with pytest.raises(RuntimeError, match=r"Ranks \[1, 2\] did not come within 0:00:00.050000"):
+        init_process_group(timeout=timedelta(milliseconds=50))

@@ -25,19 +25,22 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TypeVar
 
+from tests.harness.patience import Patience
 from tests.harness.worker import FAILURE, IDLE, LARGEST_WORLD, MESSAGE_BYTES, RESULT, output_path, stacks_path
 
 Result = TypeVar("Result")
 
+# Seconds in which the ranks do nothing, or of their own work (see tests.harness.patience): other programs reach none.
 JOB_SECONDS = 60.0
-SERVER_START_SECONDS = 180.0  # Importing torch from a cold disk takes most of a minute.
+SERVER_START_SECONDS = 180.0  # Importing torch from a cold disk takes most of a minute, without work.
 WORLD_START_SECONDS = 60.0
 # How long the other ranks may go on after one has failed: enough to report the same error, short when they wait for it.
 GRACE_SECONDS = 1.0
 BARRIER_SECONDS = 10.0
-STACKS_SECONDS = 2.0
+STACKS_SECONDS = 10.0
 OUTPUT_TAIL = 4000  # Characters of a dead rank's output that its report repeats.
-DEATH_SECONDS = 10.0
+# Of the clock: nothing that was killed takes so long to go, and who takes longer is left behind.
+DEATH_SECONDS = 60.0
 # A job cannot be relied on to destroy the process groups that it makes, and each holds threads and sockets.
 PROCESS_GROUPS_PER_WORLD = 64
 
@@ -72,7 +75,6 @@ class _Server:
             env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         )
         theirs.close()
-        self._control.settimeout(SERVER_START_SECONDS)
         self._directory = Path(self._receive().decode())
         self._worlds_started = 0
 
@@ -92,10 +94,8 @@ class _Server:
         return _World(directory, [Connection(ours.detach()) for ours, _ in pairs], pids)
 
     def _receive(self) -> bytes:
-        try:
-            message = self._control.recv(MESSAGE_BYTES)
-        except TimeoutError:
-            message = b""
+        patience = Patience(SERVER_START_SECONDS, lambda: [self._process.pid])
+        message = self._control.recv(MESSAGE_BYTES) if patience.wait([self._control.fileno()]) else b""
         if not message:
             self._process.kill()
             _, errors = self._process.communicate()
@@ -119,6 +119,7 @@ class _World:
     def __init__(self, directory: Path, connections: list[Connection], pids: list[int]) -> None:
         self._directory = directory
         self._connections = connections
+        self._pids = pids
         # Unlike a process id, a descriptor of a process never comes to mean another one.
         self._processes = [os.pidfd_open(pid) for pid in pids]
         self._outputs = []
@@ -172,9 +173,9 @@ class _World:
         pending = {connection: rank for rank, connection in enumerate(self._connections)}
         payloads: dict[int, bytes] = {}
         failures: dict[int, str] = {}
-        deadline = time.monotonic() + timeout
+        patience = Patience(timeout, lambda: self._pids)
         while pending:
-            ready = wait(list(pending), max(0.0, deadline - time.monotonic()))
+            ready = patience.wait(pending)
             if not ready:
                 break
             for connection in ready:
@@ -186,7 +187,7 @@ class _World:
                     got, payload = FAILURE, self._death(rank).encode()
                 if got == FAILURE:
                     failures[rank] = payload.decode()
-                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+                    patience = Patience(min(GRACE_SECONDS, timeout), lambda: self._pids)
                 else:
                     assert got == kind, f"rank {rank} sent {got} instead of {kind}"
                     payloads[rank] = payload
@@ -203,13 +204,9 @@ class _World:
         for rank in ranks:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._processes[rank], signal.SIGUSR1)
-        deadline = time.monotonic() + STACKS_SECONDS
-        sizes = {rank: 0 for rank in ranks}
-        while time.monotonic() < deadline:
-            time.sleep(0.05)
-            before, sizes = sizes, {rank: path.stat().st_size for rank, path in paths.items()}
-            if sizes == before and all(sizes.values()):
-                break  # Every rank has begun to write and none is still writing.
+        patience = Patience(STACKS_SECONDS, lambda: self._pids)
+        while not all(_is_whole(path.read_text()) for path in paths.values()) and patience.left() > 0:
+            time.sleep(0.02)
         return {rank: f"still running\n{path.read_text()}" for rank, path in paths.items()}
 
     def _death(self, rank: int) -> str:
@@ -222,6 +219,11 @@ class _World:
         for rank, output in enumerate(self._outputs):
             for line in output.read().splitlines():
                 sys.stdout.write(f"[rank {rank}] {line}\n")
+
+
+def _is_whole(stacks: str) -> bool:
+    """Whether a rank has written all of its stacks: the main thread comes last, down to its module or cut in depth."""
+    return stacks.rstrip().endswith((" in <module>", "..."))
 
 
 class Pool:
@@ -244,7 +246,7 @@ class Pool:
         Args:
             world_size: number of ranks, 1 to 8.
             fn: function at the top level of a module that the ranks can import.
-            timeout: seconds after which the job counts as hung.
+            timeout: seconds without any work on any rank, or of work on one, after which the job counts as hung.
 
         Raises:
             JobFailed: a rank raised, hung or died, or the ranks were out of step after the job.

@@ -21,7 +21,6 @@ TRAIN = str(ROOT / "launch" / "train.py")
 TINY = "--dim 16 --layers 2 --heads 2 --seq-len 16 --batch-size 4 --opt d0=1e-4".split()
 NETWORK = "10.77.41"
 STEPS = 24
-LIMIT_SECONDS = 120
 POLL_SECONDS = 0.02
 # Beyond the summation order of two ranks nothing differs.
 SAME_LOSS = 1e-5
@@ -47,13 +46,15 @@ class Host:
         """Starts launch/torchrun.sh with one rank here. The process is torchrun's agent; its child is the rank."""
         return launchers.start(
             ["ip", "netns", "exec", self.name, str(ROOT / "launch/torchrun.sh"), *options],
-            TRAIN_SCRIPT=TRAIN,
-            NPROC_PER_NODE="1",
-            NNODES="2",
-            NODE_RANK=str(self.node_rank),
-            MASTER_ADDR=f"{NETWORK}.1",
-            GLOO_SOCKET_IFNAME=self.interface,
-            **variables,
+            **{
+                "TRAIN_SCRIPT": TRAIN,
+                "NPROC_PER_NODE": "1",
+                "NNODES": "2",
+                "NODE_RANK": str(self.node_rank),
+                "MASTER_ADDR": f"{NETWORK}.1",
+                "GLOO_SOCKET_IFNAME": self.interface,
+                **variables,
+            },
         )
 
     def processes(self) -> list[int]:
@@ -90,11 +91,11 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 
 
 def _ip(*words: str) -> str:
-    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=10).stdout
+    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """The exit code of a process and all that it printed; one that takes too long is ended and raises."""
+    """The exit code of a process and all that it printed; one that hangs is ended with its test."""
     outcome = launchers.finish(process)
     return outcome.code, outcome.text
 
@@ -118,10 +119,8 @@ def wait_for_step(output: Path, step: int, *processes: subprocess.Popen[str]) ->
 
 
 def wait_until(ready: Callable[[], bool], *processes: subprocess.Popen[str]) -> None:
-    """Waits for ``ready``, and no longer than a run may take or than all processes live."""
-    ends = time.monotonic() + LIMIT_SECONDS
+    """Waits for ``ready``, and no longer than all processes live."""
     while not ready():
-        assert time.monotonic() < ends, "not ready in time"
         for process in processes:
             assert process.poll() is None, process.communicate()[0]
         time.sleep(POLL_SECONDS)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.hosts import (
+    ROOT,
     SAME_LOSS,
     STEPS,
     TINY,
@@ -27,10 +28,9 @@ from tests.launch.hosts import (
 pytestmark = [pytest.mark.launch, pytest.mark.skipif(not possible(), reason=WHY_NOT)]
 
 SAVED_BEFORE = 8
-# A validation after each step makes a step long enough to be interrupted.
 OPTIONS = [*TINY, "--steps", str(STEPS), "--eval-every", "1", "--save-every", "4"]
-# How long the hosts wait for each other, also for one that does not come back.
-JOIN_SECONDS = 20
+# How long the hosts wait for each other at the start, and then for the one that does not come back.
+JOIN_SECONDS = 30
 
 
 @pytest.fixture
@@ -47,18 +47,25 @@ def check(output: Path, one_process: list[dict[str, float]]) -> None:
         assert [row[name] for row in rows] == pytest.approx(expected, abs=SAME_LOSS, rel=0)
 
 
+def gated(gate: Path) -> dict[str, str]:
+    """Variables with which a run waits behind a step that is not saved, until there is a file ``gate``."""
+    return {"TRAIN_SCRIPT": str(ROOT / "tests/launch/gated.py"), "PPSF_GATE": f"{SAVED_BEFORE + 1}:{gate}"}
+
+
 def test_a_killed_worker_starts_again_from_the_last_checkpoint(
     hosts: tuple[Host, Host], one_process: list[dict[str, float]], tmp_path: Path
 ) -> None:
     # Nothing to resume yet: the option is there for the restart.
     options = [*OPTIONS, "--resume", "--output", str(tmp_path)]
-    first, second = (host.start(*options, JOIN_TIMEOUT=str(JOIN_SECONDS)) for host in hosts)
+    gate = tmp_path / "gate"
+    first, second = (host.start(*options, **gated(gate)) for host in hosts)
     wait_for_step(tmp_path, SAVED_BEFORE + 1, first, second)
     (worker,) = children(second.pid)
     os.kill(worker, signal.SIGKILL)
     stopped_at = metrics(tmp_path)[-1]["step"]
+    gate.touch()
     codes, texts = zip(*[finish(process) for process in (first, second)], strict=True)
-    assert stopped_at < STEPS
+    assert stopped_at == SAVED_BEFORE + 1
     assert codes == (0, 0), texts
     assert f"failed (exitcode: {-signal.SIGKILL}) local_rank: 0 (pid: {worker})" in texts[1]
     # The bar of the second attempt begins where a checkpoint ends, not at 0.
@@ -70,12 +77,15 @@ def test_a_lost_host_ends_the_other_which_goes_on_alone(
     hosts: tuple[Host, Host], one_process: list[dict[str, float]], tmp_path: Path
 ) -> None:
     options = [*OPTIONS, "--output", str(tmp_path)]
-    first, second = (host.start(*options, "--resume", JOIN_TIMEOUT=str(JOIN_SECONDS)) for host in hosts)
+    gate = tmp_path / "gate"
+    join = {"JOIN_TIMEOUT": str(JOIN_SECONDS)}
+    first, second = (host.start(*options, "--resume", **join, **gated(gate)) for host in hosts)
     wait_for_step(tmp_path, SAVED_BEFORE + 1, first, second)
     hosts[1].kill()
+    gate.touch()
     code, text = finish(first)
     finish(second)
-    assert metrics(tmp_path)[-1]["step"] < STEPS
+    assert metrics(tmp_path)[-1]["step"] == SAVED_BEFORE + 1
     assert code != 0
     # The rank names the address that is gone, the agent what it has waited for in vain.
     assert f"[{hosts[1].address}]" in text, text

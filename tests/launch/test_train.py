@@ -25,7 +25,6 @@ TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--n
 TINY = "--dim 16 --layers 2 --heads 2 --seq-len 16 --batch-size 4 --eval-every 3".split()
 STEPS = 6
 HALF = 3
-SECONDS_FOR_A_RUN = 120
 # What two summation orders of one batch may differ by after a few steps.
 SAME_LOSS = 1e-5
 
@@ -39,7 +38,6 @@ def run(launcher: list[str], *options: str, expect: int = 0) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=SECONDS_FOR_A_RUN,
     )
     assert done.returncode == expect, done.stdout
     return done.stdout
@@ -101,7 +99,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_prints_the_command_that_goes_on(t
     try:
         wait_until(lambda: (output / "metrics.jsonl").exists() and len(metrics(output)) >= 2, ranks)
         ranks[1].send_signal(signal.SIGINT)
-        printed = [rank.communicate(timeout=SECONDS_FOR_A_RUN)[0] for rank in ranks]
+        printed = [rank.communicate()[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -111,13 +109,13 @@ def test_a_signal_to_one_rank_saves_on_all_and_prints_the_command_that_goes_on(t
     assert f"SIGINT: saved step {stopped} in {output / 'checkpoint'}" in printed[0]
     command = next(line for line in printed[0].splitlines() if line.endswith("--resume"))
     assert shlex.split(command)[: len(TWO_RANKS)] == TWO_RANKS
-    subprocess.run([*shlex.split(command), "--steps", str(stopped + 1)], timeout=SECONDS_FOR_A_RUN, check=True)
+    subprocess.run([*shlex.split(command), "--steps", str(stopped + 1)], check=True)
     assert [row["step"] for row in metrics(output)] == list(range(1, stopped + 2))
 
 
 def test_a_batch_that_does_not_divide_is_refused_on_every_rank(tmp_path: Path) -> None:
     ranks = start_two_ranks(*TINY, "--batch-size", "3", "--output", str(tmp_path / "run"))
-    printed = [rank.communicate(timeout=SECONDS_FOR_A_RUN)[0] for rank in ranks]
+    printed = [rank.communicate()[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], printed
     assert "--batch-size 3 does not divide over 2 ranks" in printed[0]
     assert not (tmp_path / "run").exists()
@@ -162,9 +160,7 @@ def start_two_ranks(*options: str) -> list[subprocess.Popen[str]]:
 
 
 def wait_until(ready: Callable[[], bool], processes: list[subprocess.Popen[str]]) -> None:
-    """Waits for `ready`, and no longer than a run may take or than all processes live."""
-    ends = time.monotonic() + SECONDS_FOR_A_RUN
+    """Waits for `ready`, and no longer than all processes live."""
     while not ready():
-        assert time.monotonic() < ends, "not ready in time"
         assert all(process.poll() is None for process in processes), [process.communicate()[0] for process in processes]
         time.sleep(0.1)
