@@ -270,6 +270,10 @@ class ProdigyPlusScheduleFree(Optimizer):
                 stacklevel=4,
             )
         self._settle_backward()
+        self._create_missing_state(layout)
+
+    def _create_missing_state(self, layout: Layout) -> None:
+        """Create the state of parameters that have not made a step: what a checkpoint holds depends on no step."""
         stateless = frozenset(place for param, _, place in layout.members(layout.whole) if param not in self.state)
         if stateless:
             self._current_plan(stateless)
@@ -501,6 +505,9 @@ class ProdigyPlusScheduleFree(Optimizer):
         own = layout.state_dict(self.state)
         if own is not None:
             return own
+        if self.state:
+            # A parameter that has joined or thawed since the last step.
+            self._create_missing_state(layout)
         state_dict = super().state_dict()
         packed = [p for group in self.param_groups for p in group["params"]]
         shards = layout.shards([p for p in packed if p in self.state], self._process_group)

@@ -319,3 +319,28 @@ def _round_trip(path: str, options: dict[str, bool]) -> None:
 )
 def test_torchs_own_functions_and_options(options: dict[str, bool], tmp_path: Path) -> None:
     run(2, _round_trip, str(tmp_path), options)
+
+
+def joined_and_thawed() -> tuple[Net, ProdigyPlusScheduleFree]:
+    """Three steps without two of the parameters; then one is added, and the other no longer frozen."""
+    model = Net()
+    model.scale.requires_grad_(False)
+    first = [p for name, p in model.named_parameters() if name != "zero"]
+    optimizer = ProdigyPlusScheduleFree(first, d0=D0)
+    train(model, optimizer, 0, 3)
+    model.scale.requires_grad_(True)
+    optimizer.add_param_group({"params": [model.zero]})
+    return model, optimizer
+
+
+def test_what_joined_and_what_thawed_is_saved_before_its_first_step(tmp_path: Path) -> None:
+    model, optimizer = joined_and_thawed()
+    save_checkpoint(tmp_path, model, optimizer)
+    assert all(p in optimizer.state for p in model.parameters())
+    resumed_model, resumed = joined_and_thawed()
+    load_checkpoint(tmp_path, resumed_model, resumed)
+    uninterrupted_model, uninterrupted = joined_and_thawed()
+    for each in ((resumed_model, resumed), (uninterrupted_model, uninterrupted)):
+        train(*each, 3, 6)
+    assert same(whole(resumed_model), whole(uninterrupted_model))
+    assert same(snapshot(resumed), snapshot(uninterrupted))
