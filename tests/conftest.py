@@ -1,14 +1,47 @@
-"""Settings of the whole test session."""
+"""Settings of the whole test session: its options, and what is left to ``--thorough``."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 # Before torch is imported: with more threads the order of summation would depend on the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("ppsf_dist")
+    group.addoption(
+        "--thorough",
+        action="store_true",
+        help="run what the quick default leaves out, and nothing else: every switch on every layout, and the campaigns "
+        "of tests/thorough in full",
+    )
+    group.addoption(
+        "--cases-scale",
+        type=float,
+        default=1.0,
+        metavar="PART",
+        help="with --thorough: this part of the cases of each campaign (default: 1.0)",
+    )
+    group.addoption(
+        "--figures", type=Path, metavar="FILE", help="with --thorough: put the table of the campaigns into this page"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests are quick (no marker), ``thorough``, or a ``campaign``, which runs in both: whole, or a slice of it."""
+    thorough = bool(config.getoption("--thorough"))
+    wanted = ("thorough", "campaign") if thorough else ("quick", "campaign")
+    kept: dict[bool, list[pytest.Item]] = {True: [], False: []}
+    for item in items:
+        kind = next((name for name in ("campaign", "thorough") if item.get_closest_marker(name)), "quick")
+        kept[kind in wanted].append(item)
+    config.hook.pytest_deselected(items=kept[False])
+    items[:] = kept[True]
 
 
 @pytest.fixture(scope="session", autouse=True)
