@@ -25,6 +25,7 @@ from ppsf_dist.fsdp import load_checkpoint, save_checkpoint
 from tests.harness.layouts import gather
 from tests.harness.models import D0
 from tests.harness.pool import run
+from tests.rotation import rotated
 from tests.switches import EVERY, Switch
 
 CHECKPOINTED = (
@@ -268,13 +269,13 @@ def _kind(layout: str) -> str:
     return layout.rstrip("0123456789")
 
 
+MOVES = ("fsdp2", "fsdp2"), ("fsdp2", "fsdp4"), ("fsdp4", "single"), ("single", "fsdp3"), ("hsdp", "fsdp2")
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize("switch", CHECKPOINTED)
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [("fsdp2", "fsdp2"), ("fsdp2", "fsdp4"), ("fsdp4", "single"), ("single", "fsdp3"), ("hsdp", "fsdp2")],
-)
-def test_a_run_goes_on_in_another_layout(before: str, after: str, switch: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("move", "switch"), rotated(MOVES, CHECKPOINTED), ids=str)
+def test_a_run_goes_on_in_another_layout(move: tuple[str, str], switch: str, tmp_path: Path) -> None:
+    before, after = move
     arguments = (str(tmp_path), EVERY[switch])
     expected = run(WORLDS[before], _save, _kind(before), *arguments, "train", torch.float32)[0]
     weights, d, step = run(WORLDS[after], _go_on, _kind(after), *arguments, torch.float32)[0]
