@@ -272,6 +272,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         self._settle_backward()
         self._create_missing_state(layout)
 
+    @torch.no_grad()
     def _create_missing_state(self, layout: Layout) -> None:
         """Create the state of parameters that have not made a step: what a checkpoint holds depends on no step."""
         stateless = frozenset(place for param, _, place in layout.members(layout.whole) if param not in self.state)
