@@ -25,6 +25,7 @@ class Tally:
         lost: one description for each case that broke its promise, enough to run it again.
         seconds: how long the cases took.
         notes: further figures, such as how many processes were killed.
+        finished: whether all cases were tried; one that hypothesis loses ends the campaign.
     """
 
     title: str
@@ -32,12 +33,14 @@ class Tally:
     lost: list[str] = field(default_factory=list)
     seconds: float = 0.0
     notes: dict[str, int] = field(default_factory=dict)
+    finished: bool = False
 
     def count(self, note: str, times: int = 1) -> None:
         self.notes[note] = self.notes.get(note, 0) + times
 
     def conclude(self) -> None:
         """Fail if anything was lost. Raises ``AssertionError`` with the first descriptions."""
+        self.finished = True
         shown = "\n".join(self.lost[:SHOWN])
         assert not self.lost, f"{len(self.lost)} of {self.tried} lost: {self.title}\n{shown}"
 
@@ -49,7 +52,8 @@ def table(tallies: list[Tally]) -> str:
         notes = ", ".join(f"{count:,} {note}" for note, count in tally.notes.items())
         what = f"{tally.title} ({notes})" if notes else tally.title
         lost = len(tally.lost)
-        lines.append(f"| {what} | {tally.tried:,} | {tally.tried - lost:,} | {lost:,} | {tally.seconds / 60:.1f} |")
+        said = f"{lost:,}" if tally.finished else f"{lost:,}, broke off"
+        lines.append(f"| {what} | {tally.tried:,} | {tally.tried - lost:,} | {said} | {tally.seconds / 60:.1f} |")
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from tests.thorough.cases import Case, draw, run_cases, starts
 from tests.thorough.conftest import Amount
 from tests.thorough.tally import Tally
 
-PARTS = {1: 0.1, 2: 0.5, 3: 0.2, 4: 0.2}
+PARTS = {1: 0.15, 2: 0.55, 3: 0.15, 4: 0.15}
 """Which part of the cases runs on how many ranks."""
 
 BATCH = 100
@@ -28,7 +28,7 @@ def test_random_cases(amount: Amount, tally: Tally) -> None:
     """Random shapes, placements, groups and switches on 1 to 4 ranks: the run of one process."""
     seeds = itertools.count()
     for ranks, part in PARTS.items():
-        cases = [draw(next(seeds), ranks) for _ in range(amount(round(10_000 * part), 3))]
+        cases = [draw(next(seeds), ranks) for _ in range(amount(round(10_000 * part), 2))]
         for first in range(0, len(cases), BATCH):
             attempt(cases[first : first + BATCH], tally)
         tally.count(f"on {ranks} rank{'s' if ranks > 1 else ''}", len(cases))

@@ -22,7 +22,7 @@ PLANS = {
     "single": (
         *(Plan("kernel", BOTH, both=True, before=before) for before in (0, 2)),
         Plan("operator", BOTH),
-        Plan("line", ("KeyboardInterrupt",), every=4),
+        Plan("line", ("KeyboardInterrupt",), every=6),
     ),
     # The points that both ranks come to alike, so that both raise at the same one.
     "fsdp_2": tuple(

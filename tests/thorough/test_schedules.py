@@ -50,7 +50,7 @@ class Pending:
 @pytest.mark.timeout(MINUTES * 60)
 def test_schedules(amount: Amount, tally: Tally, tmp_path: Path) -> None:
     """Runs that are killed, resumed and moved between layouts: equal to their uninterrupted twins."""
-    schedules = [draw(seed) for seed in range(amount(1_000, 4))]
+    schedules = [draw(seed) for seed in range(amount(1_000, 2))]
     runs = [Pending(schedule, tmp_path / str(schedule.seed)) for schedule in schedules]
     twins = [Pending(schedule.twin(), tmp_path / f"twin{schedule.seed}") for schedule in schedules]
     work(runs + twins)
