@@ -180,6 +180,10 @@ class Engine:
                 stacklevel=4,
             )
         self.settle_backward()
+        self.create_missing_state(layout)
+
+    def create_missing_state(self, layout: Layout) -> None:
+        """Create the state of parameters that have not made a step: what a checkpoint holds depends on no step."""
         stateless = frozenset(place for param, _, place in layout.members(layout.whole) if param not in self.state)
         if stateless:
             self.current_plan(stateless)

@@ -309,6 +309,9 @@ class ProdigyPlusScheduleFree(Optimizer):
         own = layout.state_dict(self.state)
         if own is not None:
             return own
+        if self.state:
+            # A parameter that has joined or thawed since the last step.
+            self._engine.create_missing_state(layout)
         # A parameter may stand in several groups that somebody has put together.
         stateful = dict.fromkeys(p for group in self.param_groups for p in group["params"] if p in self.state)
         return checkpoint.pack(self.param_groups, self.state, layout.shards(list(stateful), self._engine.process_group))

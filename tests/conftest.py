@@ -1,4 +1,4 @@
-"""Settings of the whole test session."""
+"""Settings of the whole test session: its options, and what is left to ``--thorough``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from types import FrameType
 
 import pytest
@@ -41,6 +42,38 @@ def pytest_timeout_cancel_timer(item: pytest.Item) -> bool:
     """Called more than once, and for what was never watched."""
     item.stash.get(_WATCH, ExitStack()).close()
     return True
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("ppsf_dist")
+    group.addoption(
+        "--thorough",
+        action="store_true",
+        help="run what the quick default leaves out, and nothing else: every switch on every layout, and the campaigns "
+        "of tests/thorough in full",
+    )
+    group.addoption(
+        "--cases-scale",
+        type=float,
+        default=1.0,
+        metavar="PART",
+        help="with --thorough: this part of the cases of each campaign (default: 1.0)",
+    )
+    group.addoption(
+        "--figures", type=Path, metavar="FILE", help="with --thorough: put the table of the campaigns into this page"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests are quick (no marker), ``thorough``, or a ``campaign``, which runs in both: whole, or a slice of it."""
+    thorough = bool(config.getoption("--thorough"))
+    wanted = ("thorough", "campaign") if thorough else ("quick", "campaign")
+    kept: dict[bool, list[pytest.Item]] = {True: [], False: []}
+    for item in items:
+        kind = next((name for name in ("campaign", "thorough") if item.get_closest_marker(name)), "quick")
+        kept[kind in wanted].append(item)
+    config.hook.pytest_deselected(items=kept[False])
+    items[:] = kept[True]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ppsf_dist import ProdigyPlusScheduleFree, clip_grad_norm_
 from ppsf_dist.host import PendingCopy
 from tests.harness.models import NamedShapes, named_shapes
+from tests.rotation import rotated
 from tests.step_time import SETS
 from tests.switches import EVERY, Switch
 
@@ -76,8 +77,7 @@ def build(
 WITHOUT_REPLANNING = {name: switch for name, switch in EVERY.items() if not 0 < switch.get("prodigy_steps", 0) < STEPS}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", WITHOUT_REPLANNING)
+@pytest.mark.parametrize(("dtype", "name"), rotated([torch.float32, torch.bfloat16], WITHOUT_REPLANNING, rounds=1))
 def test_a_step_stays_on_the_device(name: str, dtype: torch.dtype) -> None:
     parameters, optimizer = build(SHAPES, dtype, EVERY[name])
     for step in range(STEPS):

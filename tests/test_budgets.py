@@ -9,6 +9,7 @@ from tests.harness.counting import count_collectives, count_host_syncs
 from tests.harness.layouts import LAYOUTS, set_grads, shard_parameters
 from tests.harness.models import NamedShapes, gradient_sequence, initial_weights, named_shapes
 from tests.harness.pool import run
+from tests.rotation import rotated
 from tests.runs import SINGLE, make_optimizer, open_loop_without_start
 from tests.switches import EVERY, Switch
 
@@ -37,8 +38,9 @@ REDUCTIONS = {
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("switch", REDUCTIONS)
-@pytest.mark.parametrize("layout", ["fsdp_2", "hsdp_2x2", "fsdp_tp_2x2", "mixed"])
+@pytest.mark.parametrize(
+    ("layout", "switch"), rotated(["fsdp_2", "hsdp_2x2", "fsdp_tp_2x2", "mixed"], REDUCTIONS, rounds=1)
+)
 def test_reductions_of_a_step(layout: str, switch: str) -> None:
     runs = run(LAYOUTS[layout].world_size, open_loop_without_start, LAYOUTS[layout], named_shapes("small"), 3,
                **EVERY[switch])  # fmt: skip
@@ -63,13 +65,16 @@ def host_syncs(switch: Switch, *, accelerator: bool) -> dict[str, int]:
     shapes = named_shapes("single_process")
     parameters = shard_parameters(initial_weights(shapes), SINGLE)
     optimizer = make_optimizer(parameters, 3, **switch)
-    for step, gradients in enumerate(gradient_sequence(shapes, 4)):
+    *before, last = gradient_sequence(shapes, 4)
+    for step, gradients in enumerate(before):
         set_grads(parameters, gradients)
         if step == 1 and accelerator:
             (plan,) = optimizer._engine.plans.values()
             plan.host.free = False
-        with count_host_syncs() as syncs, count_collectives() as collectives:
-            optimizer.step()
+        optimizer.step()
+    set_grads(parameters, last)
+    with count_host_syncs() as syncs, count_collectives() as collectives:
+        optimizer.step()
     assert collectives.total == 0
     return dict(syncs.names)
 

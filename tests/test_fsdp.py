@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -106,6 +107,12 @@ def mean(runs: list[dict[str, Any]], key: str) -> list[float]:
     return [sum(values) / len(runs) for values in zip(*(r[key] for r in runs), strict=True)]
 
 
+@functools.cache
+def one_device(switches: tuple[tuple[str, bool], ...]) -> dict[str, Any]:
+    (result,) = run(1, script, "single", 12, **dict(switches))
+    return result
+
+
 @pytest.mark.parametrize(("how", "ranks"), [
     ("default", 2), ("keep", 2), ("reshard", 2), ("offload", 2), ("default", 4), ("hsdp", 4), ("ddp", 2),
 ])  # fmt: skip
@@ -113,7 +120,7 @@ def mean(runs: list[dict[str, Any]], key: str) -> list[float]:
     "switches", [{}, {"use_speed": True}, {"use_schedulefree": False}], ids=["default", "speed", "momentum"]
 )
 def test_a_script_trains_the_same_on_one_device_and_sharded(how: str, ranks: int, switches: dict[str, Any]) -> None:
-    (expected,) = run(1, script, "single", 12, **switches)
+    expected = one_device(tuple(switches.items()))
     runs = run(ranks, script, how, 12, **switches)
     assert all(r["d"] == runs[0]["d"] for r in runs)
     assert runs[0]["d"] == pytest.approx(expected["d"], rel=1e-5)

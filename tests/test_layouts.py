@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.harness.layouts import LAYOUTS, Layout, gather, set_grads, shard_parameters
 from tests.harness.models import NamedShapes, gradient_sequence, initial_weights, named_shapes
 from tests.harness.pool import run
+from tests.rotation import rotated
 from tests.runs import SINGLE, Run, difference, make_optimizer, open_loop, open_loop_without_start
 from tests.switches import EVERY
 
@@ -44,8 +45,7 @@ def on_layout(layout: Layout, shapes: NamedShapes, steps: int = STEPS, **kwargs:
     return first
 
 
-@pytest.mark.parametrize("switch", EVERY)
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize(("name", "switch"), rotated(SHARDED, EVERY))
 def test_every_layout_gives_the_run_of_one_process(name: str, switch: str) -> None:
     reference = single(switch)
     allowed = {"d": 1e-6, "weights": 1e-5}
@@ -71,8 +71,7 @@ SIXTEEN_BIT = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("switch", SIXTEEN_BIT)
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize(("name", "switch"), rotated(SHARDED, SIXTEEN_BIT))
 def test_bf16_weights_and_their_rounding_do_not_depend_on_the_layout(name: str, switch: str) -> None:
     """Sums are in another order, so now and then an element falls on the other side of its rounding threshold."""
     reference = single(switch, torch.bfloat16)
@@ -93,19 +92,30 @@ def sometimes_missing(step: int, name: str) -> bool:
     return name == "short" or (name == "wide" and step < 3) or (name == "vector" and step in (4, 5))
 
 
-@pytest.mark.parametrize("switch", ["default", "speed", "adopt", "momentum", "bias_correction"])
-@pytest.mark.parametrize("name", SHARDED)
+@functools.cache
+def with_missing(switch: str) -> Run:
+    return open_loop(SINGLE, SHAPES, 8, groups=2, missing=sometimes_missing, **EVERY[switch])
+
+
+@pytest.mark.parametrize(
+    ("name", "switch"), rotated(SHARDED, ["default", "speed", "adopt", "momentum", "bias_correction"])
+)
 def test_parameters_without_gradients(name: str, switch: str) -> None:
-    reference = open_loop(SINGLE, SHAPES, 8, groups=2, missing=sometimes_missing, **EVERY[switch])
+    reference = with_missing(switch)
     ours = on_layout(LAYOUTS[name], SHAPES, 8, missing=sometimes_missing, **EVERY[switch])
     apart = difference(ours, reference)
     assert apart["d"] <= 1e-6 and apart["weights"] <= 1e-5, apart
     assert torch.equal(ours.weights["short"], reference.start["short"])
 
 
+@functools.cache
+def a_hundred_steps() -> Run:
+    return open_loop(SINGLE, SHAPES, 100, groups=2)
+
+
 @pytest.mark.parametrize("name", FSDP)
 def test_d_over_a_hundred_steps(name: str) -> None:
-    reference = open_loop(SINGLE, SHAPES, 100, groups=2)
+    reference = a_hundred_steps()
     ours = on_layout(LAYOUTS[name], SHAPES, 100)
     assert reference.numbers("d")[-1][0] > 10 * reference.numbers("d")[0][0], "the test needs a d that moves"
     assert difference(ours, reference)["d"] <= 1e-6

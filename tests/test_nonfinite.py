@@ -12,6 +12,7 @@ from ppsf_dist import ProdigyPlusScheduleFree
 from tests.harness.layouts import LAYOUTS, Layout, set_grads, shard_parameters
 from tests.harness.models import gradient_sequence, initial_weights, named_shapes
 from tests.harness.pool import run
+from tests.rotation import rotated
 from tests.runs import make_optimizer
 from tests.switches import EVERY, Switch
 
@@ -93,9 +94,11 @@ def test_every_switch(switch: str) -> None:
     assert poison(LAYOUTS["single"], EVERY[switch], float("nan"), False) == EXPECTED
 
 
+SHARED = ("default", "speed", "unfactored_no_stableadamw", "atan2", "adopt", "cautious")
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize("switch", ["default", "speed", "unfactored_no_stableadamw", "atan2", "adopt", "cautious"])
-@pytest.mark.parametrize("layout", DISTRIBUTED)
+@pytest.mark.parametrize(("layout", "switch"), rotated(DISTRIBUTED, SHARED))
 def test_every_rank_of_every_layout(layout: str, switch: str) -> None:
     for of_rank in run(LAYOUTS[layout].world_size, poison, LAYOUTS[layout], EVERY[switch], float("nan")):
         assert of_rank == EXPECTED

@@ -25,6 +25,7 @@ from ppsf_dist.fsdp import load_checkpoint, save_checkpoint
 from tests.harness.layouts import gather
 from tests.harness.models import D0
 from tests.harness.pool import run
+from tests.rotation import rotated
 from tests.switches import EVERY, Switch
 
 CHECKPOINTED = (
@@ -268,13 +269,13 @@ def _kind(layout: str) -> str:
     return layout.rstrip("0123456789")
 
 
+MOVES = ("fsdp2", "fsdp2"), ("fsdp2", "fsdp4"), ("fsdp4", "single"), ("single", "fsdp3"), ("hsdp", "fsdp2")
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize("switch", CHECKPOINTED)
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [("fsdp2", "fsdp2"), ("fsdp2", "fsdp4"), ("fsdp4", "single"), ("single", "fsdp3"), ("hsdp", "fsdp2")],
-)
-def test_a_run_goes_on_in_another_layout(before: str, after: str, switch: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("move", "switch"), rotated(MOVES, CHECKPOINTED), ids=str)
+def test_a_run_goes_on_in_another_layout(move: tuple[str, str], switch: str, tmp_path: Path) -> None:
+    before, after = move
     arguments = (str(tmp_path), EVERY[switch])
     expected = run(WORLDS[before], _save, _kind(before), *arguments, "train", torch.float32)[0]
     weights, d, step = run(WORLDS[after], _go_on, _kind(after), *arguments, torch.float32)[0]
@@ -319,3 +320,30 @@ def _round_trip(path: str, options: dict[str, bool]) -> None:
 )
 def test_torchs_own_functions_and_options(options: dict[str, bool], tmp_path: Path) -> None:
     run(2, _round_trip, str(tmp_path), options)
+
+
+def joined_and_thawed() -> tuple[Net, ProdigyPlusScheduleFree]:
+    """Three steps without two of the parameters; then one is added, and the other no longer frozen."""
+    model = Net()
+    model.scale.requires_grad_(False)
+    first = [p for name, p in model.named_parameters() if name != "zero"]
+    optimizer = ProdigyPlusScheduleFree(first, d0=D0)
+    train(model, optimizer, 0, 3)
+    model.scale.requires_grad_(True)
+    optimizer.add_param_group({"params": [model.zero]})
+    return model, optimizer
+
+
+def test_what_joined_and_what_thawed_is_saved_before_its_first_step(tmp_path: Path) -> None:
+    model, optimizer = joined_and_thawed()
+    optimizer.state_dict()
+    save_checkpoint(tmp_path, model, optimizer)
+    saved = [optimizer.state[p] for p in model.parameters()]
+    assert all(state and not any(torch.is_tensor(v) and v.requires_grad for v in state.values()) for state in saved)
+    resumed_model, resumed = joined_and_thawed()
+    load_checkpoint(tmp_path, resumed_model, resumed)
+    uninterrupted_model, uninterrupted = joined_and_thawed()
+    for each in ((resumed_model, resumed), (uninterrupted_model, uninterrupted)):
+        train(*each, 3, 6)
+    assert same(whole(resumed_model), whole(uninterrupted_model))
+    assert same(snapshot(resumed), snapshot(uninterrupted))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -16,17 +18,22 @@ STEPS = 6
 SIZES = {"small_tiles": Sizes(tile=97, stack=0), "small_stacks": Sizes(tile=3000, stack=1500), "large": FEW_LAUNCHES}
 
 
-def run_with(sizes: Sizes, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, switch: Switch) -> Run:
-    with monkeypatch.context() as patch:
+@functools.cache
+def expected_run(dtype: torch.dtype, name: str) -> Run:
+    return run_with(IN_CACHE, dtype, EVERY[name])
+
+
+def run_with(sizes: Sizes, dtype: torch.dtype, switch: Switch) -> Run:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(work, "sizes_for", lambda device: sizes)
         return open_loop(SINGLE, SHAPES, STEPS, groups=2, dtype=dtype, **switch)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("name", EVERY)
-def test_sizes_do_not_change_a_run(name: str, sizes: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = run_with(SIZES[sizes], monkeypatch, torch.float32, EVERY[name])
-    expected = run_with(IN_CACHE, monkeypatch, torch.float32, EVERY[name])
+def test_sizes_do_not_change_a_run(name: str, sizes: str) -> None:
+    ours = run_with(SIZES[sizes], torch.float32, EVERY[name])
+    expected = expected_run(torch.float32, name)
     apart, d_allowed = difference(ours, expected), 1e-6
     if name == "d_limiter":
         # Without a limit d multiplies rounding errors from step to step, here those of another order of summation.
@@ -36,8 +43,8 @@ def test_sizes_do_not_change_a_run(name: str, sizes: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_rounding_bits_belong_to_elements_not_to_tiles(sizes: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = run_with(SIZES[sizes], monkeypatch, torch.bfloat16, {})
-    expected = run_with(IN_CACHE, monkeypatch, torch.bfloat16, {})
+def test_rounding_bits_belong_to_elements_not_to_tiles(sizes: str) -> None:
+    ours = run_with(SIZES[sizes], torch.bfloat16, {})
+    expected = expected_run(torch.bfloat16, "default")
     differing = sum(int((ours.weights[key] != value).sum()) for key, value in expected.weights.items())
     assert differing <= sum(value.numel() for value in expected.weights.values()) / 1000
