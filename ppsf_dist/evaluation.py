@@ -29,6 +29,7 @@ def averaged(optimizer: Any, model: nn.Module | None = None) -> Iterator[None]:
     swapped = [group for group in optimizer.param_groups if group["train_mode"]]
     kept = []
     if isinstance(optimizer, ProdigyPlusScheduleFree):
+        optimizer._engine.learn_names(model)
         optimizer.eval(keep=True)
     elif swapped:
         kept = [(p, p.detach().clone()) for group in swapped for p in group["params"]]

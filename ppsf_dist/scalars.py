@@ -90,7 +90,11 @@ def _hyper_row(group: Group) -> tuple[float, ...]:
 
 
 class GroupNumbers:
-    """The adaptive numbers of all groups as one tensor on the device, and their copies in ``param_groups``."""
+    """The adaptive numbers of all groups as one tensor on the device, and their copies in ``param_groups``.
+
+    Attributes:
+        heard: those of the first group as the host last heard of them after a step.
+    """
 
     def __init__(self, groups: Sequence[Group], host: HostAccess) -> None:
         self._host = host
@@ -100,6 +104,7 @@ class GroupNumbers:
         self._hyper_rows: list[tuple[float, ...]] = []
         self.hyper_table = torch.empty(0)
         self._in_flight: PendingCopy | None = None
+        self.heard: dict[str, float] | None = None
 
     @staticmethod
     def _row(group: Group) -> list[float]:

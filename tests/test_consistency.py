@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ppsf_dist import ProdigyPlusScheduleFree, check_replicas
+from ppsf_dist import ProdigyPlusScheduleFree, averaged, check_replicas
 from ppsf_dist.sharding.fingerprint import checksum
 from tests.harness.layouts import LAYOUTS, Layout, set_grads, shard_parameters
 from tests.harness.models import gradient_sequence, initial_weights, named_shapes
@@ -42,7 +42,7 @@ NUMBERS: dict[str, Any] = {
 }
 """Arguments of which one rank has another value."""
 
-FAULTS = ["shape", "groups", "order", "missing", "dtype", "named", "swapped", "content", "release", *NUMBERS]
+FAULTS = ["shape", "groups", "order", "missing", "dtype", "named", "swapped", "model", "content", "release", *NUMBERS]
 
 pytestmark = pytest.mark.dist
 
@@ -70,18 +70,21 @@ def first_step(layout: Layout, fault: str) -> str:
     dealt = make_groups(parameters, groups)
     if is_different and fault == "order":
         dealt[0]["params"][0], dealt[0]["params"][1] = dealt[0]["params"][1], dealt[0]["params"][0]
-    if fault in ("named", "swapped"):
+    if fault in ("named", "swapped", "model"):
         # Two parameters of one shape: only their names tell that a rank has swapped them.
         twins = shard_parameters({name: torch.ones(33, 40) for name in ("query", "key")}, layout)
-        order = list(twins.items())[:: -1 if is_different and fault == "swapped" else 1]
+        order = list(twins.items())[:: -1 if is_different and fault != "named" else 1]
         if is_different and fault == "named":
             order[1] = ("value", order[1][1])
-        dealt = [{"params": order}]
+        dealt = [{"params": order if fault != "model" else [p for _, p in order]}]
     if is_different and fault == "content":
         for parameter in parameters.values():
             if local(parameter).numel():
                 change_one_bit(local(parameter.detach()))
     optimizer = ProdigyPlusScheduleFree(dealt, **switches)
+    if fault == "model":
+        with averaged(optimizer, nn.ParameterDict(twins)):
+            pass
     if is_different and fault == "release":
         # As a rank does on whose host an older release is installed.
         older = {**optimizer._engine.common(), "the release of ppsf_dist": "0.0.1"}
@@ -102,6 +105,7 @@ EXPECTED = {
     "missing": "list 8 and 7 of them",
     "named": "where one has parameter 1 'key' (torch.float32 (33, 40) in group 0), the other has parameter 1 'value'",
     "swapped": "where one has parameter 0 'query' (torch.float32 (33, 40) in group 0), the other has parameter 0 'key'",
+    "model": "where one has parameter 0 'query' (torch.float32 (33, 40) in group 0), the other has parameter 0 'key'",
     "release": "the release of ppsf_dist of the optimizer is '0.1.0' on rank 0 and '0.0.1' on rank 1",
     "seed": "seed of the optimizer is 0 on rank 0 and 7 on rank 1",
 }

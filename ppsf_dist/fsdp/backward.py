@@ -68,6 +68,7 @@ class StepInBackward:
                 "step_in_backward() cannot work with DistributedDataParallel, which reduces gradients after the hooks "
                 "of their parameters: use fully_shard(model), or fused_back_pass=False"
             )
+        optimizer._engine.learn_names(model)
         self._optimizer = optimizer
         params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         is_alone = optimizer._engine.process_group is None and not any(isinstance(p, DTensor) for p in params)

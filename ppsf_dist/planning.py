@@ -1,0 +1,305 @@
+"""What a step is planned from: which shards there are, whom they are shared with, and what all ranks agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ppsf_dist.adapters import (
+    Group,
+    Layout,
+    Member,
+    Part,
+    State,
+    check_calling_framework,
+    find_layout,
+    find_team,
+)
+from ppsf_dist.host import HostAccess
+from ppsf_dist.options import ARGUMENTS, Switches
+from ppsf_dist.plan import Plan
+from ppsf_dist.reductions import Outcome, Reductions
+from ppsf_dist.release import RELEASE
+from ppsf_dist.scalars import GROUP_NUMBERS, GroupNumbers
+from ppsf_dist.sharding import Shard, Team
+from ppsf_dist.sharding.slots import (
+    Disagreement,
+    Slot,
+    agree_on_slots,
+    confirm,
+    describe,
+    share_failure,
+    tell_failure,
+)
+from ppsf_dist.sharding.team import CollectiveFailed
+
+COMPARED = (*ARGUMENTS, "reference_quirks", "train_mode", *GROUP_NUMBERS)
+"""What of a group all ranks must agree on."""
+
+
+class Owner(Protocol):
+    """The optimizer that is served: torch replaces its dictionaries, so they are looked up each time."""
+
+    param_groups: list[Group]
+    state: Any
+
+
+class Planner:
+    """The plans of an optimizer, and when they are no longer those of its parameters.
+
+    A plan is made anew when parameters, switches or state are other ones, and after :meth:`forget`. Making one is
+    collective. A rank that needs a new one while the others step by the old one says so in the sums of that step
+    (:class:`ppsf_dist.reductions.Outcome`): then all of them raise, unless all need one.
+
+    Args:
+        owner: the optimizer.
+        process_group: ranks that share the step size, or None for those that the parameters live on.
+        seed: of stochastic rounding.
+    """
+
+    def __init__(self, owner: Owner, process_group: dist.ProcessGroup | None, seed: int) -> None:
+        self._owner = owner
+        self.process_group = process_group
+        self.seed = seed
+        self.given: list[list[Tensor]] = []
+        self.all_groups: list[Group] = []
+        self.names: dict[Tensor, str] = {}
+        self.host: HostAccess | None = None
+        self.team: Team | None = None
+        self.plans: dict[Part, Plan] = {}
+        self.numbers: GroupNumbers | None = None
+        self._layout: Layout | None = None
+        self._trained: tuple[Layout, list[bool], dict[Tensor, Shard]] | None = None
+        self._domains: frozenset[tuple[int, ...]] = frozenset()
+        self._outdated: dict[Part, tuple[Reductions, str]] = {}
+        self._shared: BaseException | None = None
+
+    @property
+    def state(self) -> State:
+        """The optimizer's state as it is now."""
+        state: State = self._owner.state
+        return state
+
+    @property
+    def groups(self) -> list[Group]:
+        """All parameter groups, also while a framework lets ``param_groups`` show only some of them."""
+        known = {id(group) for group in self.all_groups}
+        if any(id(group) not in known for group in self._owner.param_groups):
+            self.all_groups = self._owner.param_groups
+        return self.all_groups
+
+    def current_layout(self) -> Layout:
+        """How the parameters stand in the groups now, after taking over what a framework has loaded there."""
+        groups = self.groups
+        check_calling_framework(groups)
+        if self._layout is None or self._layout.groups is not groups or not self._layout.is_current():
+            self._layout = find_layout(groups, self.given)
+        if self._layout.adopt(self.state):
+            self.forget("its framework has loaded a checkpoint")
+        return self._layout
+
+    def current_plan(self, part: Part) -> Plan | None:
+        """The plan for a part as it is now, made anew if its parameters or their switches have changed."""
+        layout, groups = self.current_layout(), self.groups
+        switches = [Switches.of(group, statistics=True) for group in groups]
+        signature = (layout.signature(part), tuple(switches), tuple([group["prodigy_steps"] for group in groups]))
+        plan = self.plans.get(part)
+        if plan is not None:
+            if plan.signature == signature and plan.is_current():
+                return plan
+            self._outdated[part] = (plan.reductions, _what_changed(plan.signature, signature))
+        if part in self._outdated:
+            self._agree_to_plan_anew(*self._outdated.pop(part))
+        members = layout.members(part)
+        for other in [other for other in self.plans if not other or not part or other & part]:
+            self.plans.pop(other).settle()
+        if members:
+            self.plans[part] = plan = self._make_plan(layout, part, switches, signature)
+            return plan
+        return None
+
+    def _make_plan(self, layout: Layout, part: Part, switches: list[Switches], signature: Any) -> Plan:
+        """Agree with the other ranks on what is to be planned, plan it, and see that all of them have."""
+        members = layout.members(part)
+        params, groups_of = [member.param for member in members], [member.group for member in members]
+        # A part of ZeRO has slices that nothing else decides.
+        trained = self._trained_shards(layout)
+        shards = [trained[param] for param in params]
+        team = self._find_team(layout)
+        slots = self.slots(layout, members, shards)
+        if self.numbers is not None and not (team.is_alone and all(g["prodigy_steps"] == 0 for g in self.groups)):
+            # Ranks compare these numbers, and k says which groups are frozen: late copies will not do.
+            self.numbers.publish(self.groups, wait=True)
+        table = agree_on_slots(shards, slots, self.common(), self.settings(), team)
+        unseen = [not self.state.get(param, {}).get("step") for param in params]
+        before = {param: set(self.state[param]) for param in params if param in self.state}
+        failure: Exception | None = None
+        try:
+            if self.host is None or self.host.device != shards[0].weights().device:
+                self.host = HostAccess(shards[0].weights().device)
+            frozen = [is_frozen(group) for group in self.groups]
+            plan = Plan(shards, groups_of, table, switches, frozen, team, self.host, self.state, signature)
+            if self.numbers is None or len(self.numbers.published) != len(self.groups):
+                self.numbers = GroupNumbers(self.groups, self.host)
+        except Exception as error:
+            failure = error
+        new = [(shard, slot) for shard, slot, is_new in zip(shards, slots, unseen, strict=True) if is_new]
+        self._shared = failure
+        try:
+            confirm(failure, [shard for shard, _ in new], [slot for _, slot in new], team)
+        except Exception:
+            self._keep_state(params, before)
+            raise
+        return plan
+
+    def _keep_state(self, params: list[Tensor], names: dict[Tensor, set[str]]) -> None:
+        """Take away state that has come since it had these names."""
+        for param in params:
+            entries = self.state.get(param, {})
+            for name in set(entries) - names.get(param, set()):
+                del entries[name]
+            if param not in names:
+                self.state.pop(param, None)
+
+    def common(self) -> dict[str, object]:
+        """What all ranks must agree on for the whole optimizer, by name."""
+        return {"seed": self.seed, "the release of ppsf_dist": RELEASE}
+
+    def settings(self) -> list[dict[str, object]]:
+        """What all ranks must agree on for each group, by name. Waits for a learning rate that is a tensor."""
+        return [
+            {name: value.item() if isinstance(value := group.get(name), Tensor) else value for name in COMPARED}
+            for group in self.groups
+        ]
+
+    def slots(self, layout: Layout, members: list[Member], shards: list[Shard]) -> list[Slot]:
+        """What each shard belongs to, as all ranks see it."""
+        names = self._names_by_place(layout)
+        return [
+            Slot(group, shard.shape, str(shard.weights().dtype), identity, names.get(identity, ""))
+            for shard, (_, group, identity) in zip(shards, members, strict=True)
+        ]
+
+    def learn_names(self, model: nn.Module | None) -> None:
+        """Take the names of parameters from their model, for what ranks compare and for messages."""
+        if model is not None and not self.names:
+            self.names = {param: name for name, param in model.named_parameters()}
+
+    def _names_by_place(self, layout: Layout) -> dict[int, str]:
+        """The names of parameters, by their place among all, as far as somebody has told them."""
+        params = [param for of_group in layout.parameters() for param in of_group]
+        told = [name for group in self.groups for name in group.get("param_names", ())]
+        if len(told) == len(params):
+            return dict(enumerate(told))
+        return {place: self.names[param] for place, param in enumerate(params) if param in self.names}
+
+    def _find_team(self, layout: Layout) -> Team:
+        """The ranks that share sums: those on which the parameters live that are trained now."""
+        shards = list(self._trained_shards(layout).values())
+        domains = frozenset(shard.domain for shard in shards if shard.domain)
+        if self.team is None or domains != self._domains:
+            self.team, self._domains = find_team(shards, self.process_group), domains
+        return self.team
+
+    def _trained_shards(self, layout: Layout) -> dict[Tensor, Shard]:
+        """The shards of all parameters that are trained now: who counts what depends on all of them."""
+        trains = [param.requires_grad for of_group in layout.parameters() for param in of_group]
+        if self._trained is None or self._trained[0] is not layout or self._trained[1] != trains:
+            params = [member.param for member in layout.members(layout.whole)]
+            shards = layout.shards(params, self.process_group)
+            self._trained = layout, trains, {shard.param: shard for shard in shards}
+        return self._trained[2]
+
+    @contextmanager
+    def _together(self, layout: Layout, part: Part) -> Iterator[None]:
+        """A call in which all ranks meet: an exception of this one reaches the others, which would wait for it."""
+        self._shared = None
+        reductions = self._reductions_of(part)
+        if reductions is not None:
+            reductions.expect()
+        try:
+            yield
+        except (Disagreement, CollectiveFailed):
+            raise
+        except Exception as error:
+            if error is not self._shared:
+                self._tell(error, layout, part)
+            raise
+
+    def _reductions_of(self, part: Part) -> Reductions | None:
+        if part in self.plans:
+            return self.plans[part].reductions
+        return self._outdated[part][0] if part in self._outdated else None
+
+    def _tell(self, error: Exception, layout: Layout, part: Part) -> None:
+        """Take part in what the other ranks are waiting in, only to say that this one has failed."""
+        reductions = self._reductions_of(part)
+        try:
+            if reductions is None:
+                tell_failure(error, self._find_team(layout))
+            elif not reductions.decided and not reductions.team.is_alone:
+                reductions.tell(Outcome.FAILED)
+                if self.host is not None and self.host.free:
+                    share_failure(describe(error), reductions.team)
+        except (Disagreement, CollectiveFailed):
+            # The other ranks say what they have heard; this one raises its own error.
+            return
+
+    def _agree_to_plan_anew(self, reductions: Reductions, reason: str) -> None:
+        """Tell the ranks that step by the old plan that this one cannot, unless all of them need a new one.
+
+        Raises:
+            Disagreement: not all do. Raised on every rank alike where the host hears of it at once.
+        """
+        team = reductions.team
+        if team.is_alone:
+            return
+        reductions.expect()
+        told = reductions.tell(Outcome.REPLANS)
+        if told[Outcome.REPLANS] == len(team.ranks):
+            return
+        if self.host is not None and self.host.free:
+            share_failure(reason, team)
+        raise Disagreement(f"no rank has made this step, because only this one finds that {reason}")
+
+    def settle(self) -> None:
+        """Write everything that lives on the device into ``state`` and ``param_groups``. Waits for the device."""
+        for plan in self.plans.values():
+            plan.settle()
+        if self.numbers is not None:
+            # Groups that somebody has put into param_groups by hand come with the next plan.
+            known = self.groups[: len(self.numbers.published)]
+            self.numbers.absorb(known)
+            self.numbers.publish(known, wait=True)
+
+    def forget(self, reason: str) -> None:
+        """Start anew from ``state`` and ``param_groups``, which somebody has replaced.
+
+        Args:
+            reason: what for, if the other ranks should not do the same.
+        """
+        self._outdated |= {part: (plan.reductions, reason) for part, plan in self.plans.items()}
+        self.plans, self.numbers, self._trained = {}, None, None
+
+
+def is_frozen(group: Group) -> bool:
+    """Whether the step size of a group no longer adapts."""
+    return bool(group["prodigy_steps"] > 0 and group["k"] >= group["prodigy_steps"])
+
+
+def _what_changed(before: Any, now: Any) -> str:
+    """Why a plan no longer fits, for ranks whose plans still do."""
+    (members, switches, steps), (new_members, new_switches, new_steps) = before, now
+    for index, (old, new) in enumerate(zip(switches, new_switches, strict=False)):
+        for name, value in vars(old).items():
+            if getattr(new, name) != value:
+                return f"{name} of parameter group {index} has changed from {value} to {getattr(new, name)}"
+    if members != new_members:
+        return "other parameters are trained than in the step before, or have another dtype, shape or device"
+    if steps != new_steps:
+        return f"prodigy_steps has changed from {steps} to {new_steps}"
+    return "the optimizer's state has been replaced"
