@@ -49,6 +49,7 @@ class Engine(Planner):
         self._torn: str | None = None
 
     def forget(self, reason: str) -> None:
+        """As of a planner; what has been begun is forgotten too."""
         super().forget(reason)
         self._open, self._torn = None, None
 
@@ -195,10 +196,10 @@ class Engine(Planner):
         assert self.numbers is not None
         before, self.numbers.heard = self.numbers.heard, news[0]
         if self.host is not None and not self.host.free:
-            was_void = before is not None and news[0]["k"] == before["k"]
+            was_void = news[0]["k"] == before["k"]
             for plan in self.plans.values():
                 plan.search_unsound_weights(begin=was_void)
-        if before is not None and news[0]["failures"] > before["failures"]:
+        if news[0]["failures"] > before["failures"]:
             raise Disagreement(
                 "an earlier step changed nothing on any rank, because one of them could not make it, or had other "
                 "parameters or switches: see the first error of the other ranks"

@@ -104,7 +104,7 @@ class GroupNumbers:
         self._hyper_rows: list[tuple[float, ...]] = []
         self.hyper_table = torch.empty(0)
         self._in_flight: PendingCopy | None = None
-        self.heard: dict[str, float] | None = None
+        self.heard = dict(zip(ROWS, rows[0], strict=True))
 
     @staticmethod
     def _row(group: Group) -> list[float]:

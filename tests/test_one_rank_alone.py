@@ -204,3 +204,24 @@ def test_what_one_rank_changes_in_mid_run_is_found_by_check_replicas(layout: str
         assert lr.startswith("lr of parameter group 0 is 1.0 on rank 0 and 0.5 on rank 1")
         assert d_coef.startswith("d_coef of parameter group 1 is 1.0 on rank 0 and 2.0 on rank 1")
         assert seed.startswith("seed of the optimizer is 0 on rank 0 and 5 on rank 1")
+
+
+def skips_alone(layout: Layout) -> str:
+    parameters = shard_parameters(initial_weights(SHAPES), layout)
+    optimizer = make_optimizer(parameters, 2)
+    for step, gradients in enumerate(gradient_sequence(SHAPES, 3)):
+        set_grads(parameters, gradients)
+        if step == 1 and dist.get_rank() == ODD:
+            parameters["tall"].grad[0, 0] = float("nan")
+        optimizer.step()
+    try:
+        check_replicas(optimizer)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_a_gradient_that_one_rank_of_ddp_damages_after_the_all_reduce_is_found() -> None:
+    """Copies step without a word to each other: README says so, and what finds it."""
+    for message in run(2, skips_alone, LAYOUTS["replicated"]):
+        assert " is " in message and "on rank 0 and " in message and "on rank 1" in message

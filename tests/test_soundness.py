@@ -308,3 +308,61 @@ def test_an_optimizer_of_its_own_is_still_silent() -> None:
     parameters[0].grad = torch.randn(40, 40)
     optimizer.step()
     assert optimizer.skipped_steps == 0
+
+
+def test_unsound_weights_are_named_late_on_an_accelerator(caplog: pytest.LogCaptureFixture) -> None:
+    parameters = shard_parameters(initial_weights(SHAPES), SINGLE)
+    optimizer = make_optimizer(parameters, 2)
+    optimizer._engine.host = Late(0)
+    for gradients in list(gradient_sequence(SHAPES, 3)) * 12:
+        set_grads(parameters, gradients)
+        parameters["tall"].data.view(-1)[1] = float("nan")
+        parameters["tall"].grad = torch.full_like(parameters["tall"], float("nan"))
+        with count_host_syncs() as syncs:
+            optimizer.step()
+        assert set(syncs.names) <= {"numpy", "tolist", "tensor"}
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "the weights of parameter 4 (torch.float32 (64, 48) in group 1) are not finite: steps change nothing"
+    ]
+
+
+def fails_on_an_accelerator(layout: Layout) -> tuple[list[str], bool]:
+    """Rank 1 raises in a closure; rank 0, which reads nothing at once, hears of it in a later step."""
+    rank = torch.distributed.get_rank()
+    parameters = shard_parameters(initial_weights(SHAPES), layout)
+    optimizer = make_optimizer(parameters, 2)
+    optimizer._engine.host = Late(rank)
+    for gradients in gradient_sequence(SHAPES, 2):
+        set_grads(parameters, gradients)
+        optimizer.step()
+    optimizer.get_d()
+    before = bits(parameters, optimizer)
+
+    def closure() -> float:
+        if rank == 1:
+            raise ZeroDivisionError("a batch without tokens")
+        return 0.0
+
+    try:
+        optimizer.step(closure)
+    except ZeroDivisionError:
+        pass
+    optimizer.get_d()
+    unchanged = same(before, bits(parameters, optimizer))
+    messages = []
+    for gradients in list(gradient_sequence(SHAPES, 3)) * 6:
+        set_grads(parameters, gradients)
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            messages.append(str(error))
+    return messages, unchanged
+
+
+@pytest.mark.dist
+def test_a_failure_on_one_rank_is_heard_of_late_on_an_accelerator() -> None:
+    (others, unchanged), (own, also_unchanged) = run(2, fails_on_an_accelerator, LAYOUTS["fsdp_2"])
+    assert unchanged and also_unchanged and own == []
+    (message,) = others
+    assert message.startswith("an earlier step changed nothing on any rank")
