@@ -48,6 +48,15 @@ class Engine(Planner):
         self._open: OpenStep | None = None
         self._torn: str | None = None
 
+    def settle(self) -> None:
+        """As of a planner; torn state is no state to save.
+
+        Raises:
+            RuntimeError: a step or a swap could not be brought to its end.
+        """
+        self._refuse_torn()
+        super().settle()
+
     def forget(self, reason: str) -> None:
         """As of a planner; what has been begun is forgotten too."""
         super().forget(reason)

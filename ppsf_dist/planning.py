@@ -108,12 +108,13 @@ class Planner:
         switches = [Switches.of(group, statistics=True) for group in groups]
         signature = (layout.signature(part), tuple(switches), tuple([group["prodigy_steps"] for group in groups]))
         plan = self.plans.get(part)
+        if plan is not None and plan.signature == signature and plan.is_current():
+            return plan
         if plan is not None:
-            if plan.signature == signature and plan.is_current():
-                return plan
-            self._outdated[part] = (plan.reductions, _what_changed(plan.signature, signature))
-        if part in self._outdated:
-            self._agree_to_plan_anew(*self._outdated.pop(part))
+            self._agree_to_plan_anew(plan.reductions, _what_changed(plan.signature, signature))
+        elif part in self._outdated:
+            self._agree_to_plan_anew(*self._outdated[part])
+            del self._outdated[part]
         members = layout.members(part)
         for other in [other for other in self.plans if not other or not part or other & part]:
             self.plans.pop(other).settle()
