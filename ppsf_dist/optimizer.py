@@ -209,8 +209,8 @@ class ProdigyPlusScheduleFree(Optimizer):
 
         Args:
             p: a parameter of this optimizer.
-            group: accepted because trainers pass it. Arguments come from ``param_groups`` as they are now, also where
-                ``load_state_dict()`` has replaced the group that a hook still holds.
+            group: accepted because trainers pass it. Arguments come from ``param_groups`` as they are now, also where a
+                hook still holds a group that is no longer in use.
 
         Raises:
             ValueError: ``fused_back_pass`` is not set, or the parameter belongs to no group.
