@@ -106,7 +106,7 @@ def collectives(optimizer: ProdigyPlusScheduleFree, trap: Trap) -> Iterator[None
 def kernels(optimizer: ProdigyPlusScheduleFree, trap: Trap) -> Iterator[None]:
     # The one place that knows where an optimizer keeps them.
     ours = optimizer._kernels
-    optimizer._kernels = _Kernels(ours, trap)
+    optimizer._kernels = _Kernels(ours, trap)  # type: ignore[assignment]
     try:
         yield
     finally:
