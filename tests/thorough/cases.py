@@ -17,7 +17,7 @@ from tests.harness.models import ZERO_PREFIX, NamedShapes, Shape, gradient_seque
 from tests.runs import SINGLE, Run, make_optimizer
 from tests.switches import EVERY
 
-MESHES = {1: [(1,)], 2: [(2,), (1, 2), (2, 1)], 3: [(3,)], 4: [(4,), (2, 2)]}
+MESHES: dict[int, list[Shape]] = {1: [(1,)], 2: [(2,), (1, 2), (2, 1)], 3: [(3,)], 4: [(4,), (2, 2)]}
 """By number of ranks."""
 
 UNSTABLE = frozenset({"d_limiter"})
@@ -41,6 +41,9 @@ class Case:
     switch: str
     steps: int
     missing: frozenset[tuple[int, str]]
+
+    def lacks(self, step: int, name: str) -> bool:
+        return (step, name) in self.missing
 
     def layout(self) -> Layout:
         return Layout("case", self.ranks, partial(_place_each, partial(placed, self.specs)))
@@ -108,9 +111,7 @@ def run_cases(cases: Sequence[Case], alone: bool = False) -> list[Run]:
         parameters = shard_parameters(initial_weights(list(case.shapes), case.seed), SINGLE if alone else case.layout())
         optimizer = make_optimizer(parameters, case.groups, **EVERY[case.switch])
         run = Run({}, {}, {})
-        for gradients in gradient_sequence(
-            list(case.shapes), case.steps, case.seed, missing=lambda step, name, case=case: (step, name) in case.missing
-        ):
+        for gradients in gradient_sequence(list(case.shapes), case.steps, case.seed, missing=case.lacks):
             set_grads(parameters, gradients)
             optimizer.step()
             optimizer.get_d()

@@ -33,18 +33,17 @@ class Fault(Exception):
 
 
 class Trap:
-    """Raises at the point with the given number; counts the points that it passes."""
+    """Raises at the point with the given number; counts the points that it passes. ``where`` says what is there."""
 
     def __init__(self, error: type[BaseException], at: int) -> None:
-        self.passed, self.raised = 0, False
+        self.passed, self.raised, self.where = 0, False, ""
         self._error, self._at = error, at
 
-    def point(self) -> None:
-        if self.passed == self._at:
-            self.raised = True
-            self.passed += 1
-            raise self._error
+    def point(self, where: str) -> None:
         self.passed += 1
+        if self.passed - 1 == self._at:
+            self.raised, self.where = True, where
+            raise self._error
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -61,10 +60,10 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return NotImplemented
         communicates = func.namespace in COLLECTIVE_NAMESPACES and func.overloadpacket.__name__ not in NOT_COLLECTIVES
         if communicates or not self._collectives:
-            self._trap.point()
+            self._trap.point(f"before {func}")
         result = func(*args, **(kwargs or {}))
         if communicates and self._collectives:
-            self._trap.point()
+            self._trap.point(f"after {func}")
         return result
 
 
@@ -80,9 +79,9 @@ class _Kernels:
             return value
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            self._trap.point()
+            self._trap.point(f"before {name}")
             result = value(*args, **kwargs)
-            self._trap.point()
+            self._trap.point(f"after {name}")
             return result
 
         return call
@@ -122,7 +121,7 @@ def lines(optimizer: ProdigyPlusScheduleFree, trap: Trap) -> Iterator[None]:
         if trap.raised or not frame.f_code.co_filename.startswith(PACKAGE):
             return None
         if event == "line":
-            trap.point()
+            trap.point(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
         return trace
 
     before = sys.gettrace()
@@ -201,17 +200,26 @@ class Experiment:
 
     def attempt(self, place: str, error: str, at: int) -> str:
         """Raise at a point, go on; what is wrong then, or an empty string."""
-        optimizer, parameters = self._begun()
         trap = Trap(ERRORS[error], at)
+        problem = self._go_on_after(PLACES[place], trap, ERRORS[error], AFTERWARDS[at % len(AFTERWARDS)])
+        return f"{trap.where}: {problem}" if problem else ""
+
+    def _go_on_after(
+        self,
+        place: Place,
+        trap: Trap,
+        error: type[BaseException],
+        afterwards: Callable[[ProdigyPlusScheduleFree], None],
+    ) -> str:
+        optimizer, parameters = self._begun()
         set_grads(parameters, self._gradients[self._before])
         try:
-            with PLACES[place](optimizer, trap):
+            with place(optimizer, trap):
                 optimizer.step()
-        except ERRORS[error]:
+        except error:
             pass
         if not trap.raised:
             return "the step never came to this point"
-        afterwards = AFTERWARDS[at % len(AFTERWARDS)]
         try:
             made = everywhere(equal(content_of(optimizer, parameters), self._made))
             if made is None:

@@ -17,7 +17,8 @@ from tests.harness.models import initial_weights
 from tests.harness.pool import JobFailed, run
 from tests.runs import Run, difference
 from tests.thorough.conftest import Amount
-from tests.thorough.schedules import Outcome, Schedule, draw, outcome_path, run_sections, started
+from tests.thorough.schedules import Schedule, draw
+from tests.thorough.scripts import Outcome, outcome_path, run_sections, started
 from tests.thorough.tally import Tally
 
 BATCH = 12
