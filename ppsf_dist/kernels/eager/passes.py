@@ -158,7 +158,8 @@ class EagerKernels:
             else:
                 v = u.mul_(scales.advance)
             new_y = torch.lerp(y, z, c.c, out=view.beside("y")).addcmul_(v, c.q, value=-1)
-        new_z = torch.sub(z, v, out=view.beside("z"))
+        # Nobody needs the step itself any more.
+        new_z = torch.sub(z, v, out=v)
         if decays_apart:
             new_z.addcmul_(old_y, c.weight_decay, value=-1)
             new_y.addcmul_(old_y, c.weight_decay * c.q, value=-1)
