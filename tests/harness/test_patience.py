@@ -46,9 +46,10 @@ def test_processes_that_work_have_the_time_that_they_work(share: float) -> None:
     patience = machine.patience(60, work=100)
     for _ in range(16):
         machine.pass_by(3 / share, by_1=3.0, by_2=2.0)
+        assert patience.left() > 0
         machine.pass_by(3 / share, by_2=3.0)
         assert patience.left() > 0
-    machine.pass_by(4 / share, by_2=4.0)
+    machine.pass_by(5 / share, by_2=5.0)
     assert patience.left() <= 0
 
 
