@@ -16,8 +16,8 @@ from tests.harness.patience import Patience, family, watched
 
 # Before torch is imported: with more threads the order of summation would depend on the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A test may use this many times the processor time that it may do nothing.
-WORK_PER_IDLENESS = 2
+# A test may work for so many times as long as it may do nothing.
+WORK_PER_IDLENESS = 4
 _WATCH = pytest.StashKey[ExitStack]()
 
 

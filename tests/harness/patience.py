@@ -15,10 +15,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-# Processes that use less than this share of one processor, all together, wait. Launchers that look after their ranks
-# every moment use a hundredth; on a machine with a hundred busy programs one that works still gets more.
+# A process that uses less than this share of a processor waits. The threads of gloo and launchers that look after their
+# ranks use half a hundredth; one that works gets more beside a hundred busy programs.
 IDLE_SHARE = 0.02
-LOOK_SECONDS = 0.25
+# The kernel counts in hundredths of a second: over less than this the share of one who waits may seem large.
+LOOK_SECONDS = 2.0
+LOOKS = 4
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
@@ -50,7 +52,7 @@ def _entries(folder: str) -> list[Path]:
 class Patience:
     """How long some processes may still take.
 
-    It is at an end when none of them has worked for ``seconds`` on end, or when the busiest has worked for ``work``.
+    It is at an end when all of them have done nothing for ``seconds`` in all, or the busiest has worked for ``work``.
 
     Args:
         seconds: how long they may do nothing.
@@ -68,32 +70,33 @@ class Patience:
         clock: Callable[[], float] = time.monotonic,
         used: Callable[[int], float] = processor_seconds,
     ) -> None:
+        self.look_after = min(LOOK_SECONDS, seconds / LOOKS)
         self._processes, self._clock, self._used = processes, clock, used
-        self._seconds = seconds
-        self._work_left = seconds if work is None else work
         self._idle_left = seconds
+        self._work_left = seconds if work is None else work
         self._looked_at = clock()
         self._before = self._now()
 
     def left(self) -> float:
-        """Looks at the processes and returns the seconds that they have left; not above 0 when it is at an end."""
-        now, before = self._clock(), self._before
-        passed, self._looked_at = now - self._looked_at, now
-        self._before = self._now()
-        worked = [max(0.0, used - before.get(pid, 0.0)) for pid, used in self._before.items()]
-        self._work_left -= max(worked, default=0.0)
-        self._idle_left = self._idle_left - passed if sum(worked) <= IDLE_SHARE * passed else self._seconds
+        """The seconds that are left, not above 0 at the end. Looks at the processes when it is time to look again."""
+        passed = self._clock() - self._looked_at
+        if passed >= self.look_after:
+            before, self._before = self._before, self._now()
+            self._looked_at += passed
+            worked = max((used - before.get(pid, 0.0) for pid, used in self._before.items()), default=0.0)
+            if worked > IDLE_SHARE * passed:
+                self._work_left -= worked
+            else:
+                self._idle_left -= passed
         return min(self._idle_left, self._work_left)
 
     def wait(self, connections: Iterable[Connection | int]) -> list[Any]:
         """Those of the connections or descriptors on which something has come in; none at the end of the patience."""
         waiting = list(connections)
-        left = self.left()
         while True:
-            ready = wait(waiting, max(0.0, min(left, LOOK_SECONDS)))
-            if ready or left <= 0:
+            ready = wait(waiting, self.look_after if self.left() > 0 else 0.0)
+            if ready or self.left() <= 0:
                 return ready
-            left = self.left()
 
     def _now(self) -> dict[int, float]:
         return {pid: self._used(pid) for pid in self._processes()}
@@ -106,10 +109,10 @@ def watched(patience: Callable[[], Patience], at_the_end: Callable[[], None]) ->
 
     def watch() -> None:
         # Most tests are over before there is anything to look at.
-        if over.wait(LOOK_SECONDS):
+        if over.wait(1.0):
             return
         watching = patience()
-        while not over.wait(4 * LOOK_SECONDS):
+        while not over.wait(watching.look_after):
             if watching.left() <= 0:
                 at_the_end()
                 return

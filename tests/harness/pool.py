@@ -246,7 +246,7 @@ class Pool:
         Args:
             world_size: number of ranks, 1 to 8.
             fn: function at the top level of a module that the ranks can import.
-            timeout: seconds without any work on any rank, or of work on one, after which the job counts as hung.
+            timeout: seconds in which no rank works, or in which one does, after which the job counts as hung.
 
         Raises:
             JobFailed: a rank raised, hung or died, or the ranks were out of step after the job.
