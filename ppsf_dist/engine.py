@@ -148,12 +148,11 @@ class Engine(Planner):
         An exception undoes the part and drops the step, as long as the ranks have not decided; from then on everything
         is brought to its end before the exception goes on its way.
         """
-        if self._open is None:
-            self._open = OpenStep(self._begin_step(), frozenset())
+        opened = self._open or OpenStep(self._begin_step(), frozenset())
         frozen = [is_frozen(group) for group in self.groups]
         if plan.frozen != frozen:
             plan.freeze(frozen)
-        step = PartStep(self.kernels, plan, self._open.numbers)
+        step = PartStep(self.kernels, plan, opened.numbers)
 
         def conclude() -> None:
             step.write()
@@ -164,7 +163,9 @@ class Engine(Planner):
             if ends_with is not None and self._open.stepped >= ends_with:
                 self._finish_step()
 
+        plan.reductions.expect()
         try:
+            self._open = opened
             step.measure()
             conclude()
         except BaseException:
