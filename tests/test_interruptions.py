@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.harness.layouts import LAYOUTS, Layout, set_grads, shard_parameters
@@ -37,6 +38,9 @@ class RaiseAt(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, torch.distributed.tensor.DTensor) for kind in types):
             return NotImplemented
+        if func.namespace == "profiler":
+            # torch's own, around every step() of an optimizer.
+            return func(*args, **(kwargs or {}))
         number, self.count = self.count, self.count + 1
         if number == self.point:
             raise self.error("interrupted")
@@ -145,3 +149,42 @@ def test_every_point_of_a_step_on_two_ranks(switch: str) -> None:
     for seen in run(2, interrupted_steps, LAYOUTS["fsdp_2"], EVERY[switch], KeyboardInterrupt):
         assert seen["torn"] == seen["silent"] == seen["wrong afterwards"] == []
         assert seen["undone"] and seen["done"] and max(seen["undone"]) < min(seen["done"])
+
+
+def interrupted_alone(layout: Layout, switch: Switch) -> list[tuple[str, str, bool]]:
+    """An error on rank 1 alone, between two operators: what each rank has raised, what became of the step, and whether
+    the run goes on rightly."""
+    raises = dist.get_rank() == 1
+    trial = Trial(layout, switch)
+    trial.rewind()
+    before = trial.bits()
+    with RaiseAt(None, ValueError) as counted:
+        trial.optimizer.step()
+    done = trial.bits()
+    after = trial.goes_on()
+    seen = []
+    for point in counted.points()[::3]:
+        trial.rewind()
+        message = ""
+        try:
+            with RaiseAt(point if raises else None, ValueError):
+                trial.optimizer.step()
+        except (ValueError, RuntimeError) as error:
+            message = str(error)
+        now = trial.bits()
+        state = "undone" if same(now, before) else "done" if same(now, done) else "torn"
+        if state == "undone":
+            trial.optimizer.step()
+        seen.append((message, state, same(trial.goes_on(), after)))
+    return seen
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("switch", ["default", "cautious", "unfactored"])
+def test_an_error_on_one_rank_in_the_middle_of_a_step_is_all_ranks(switch: str) -> None:
+    others, own = run(2, interrupted_alone, LAYOUTS["fsdp_2"], EVERY[switch])
+    for (heard, state, right), (raised, own_state, own_right) in zip(others, own, strict=True):
+        assert state == own_state != "torn" and right and own_right
+        assert raised == "interrupted"
+        assert ("rank 1: ValueError: interrupted" in heard) == (state == "undone")
+    assert {state for _, state, _ in others} == {"undone", "done"}
