@@ -131,9 +131,11 @@ class Engine(Planner):
         self.settle_backward()
         self.create_missing_state(layout)
 
+    @torch.no_grad()
     def create_missing_state(self, layout: Layout) -> None:
         """Create the state of parameters that have not made a step: what a checkpoint holds depends on no step."""
-        stateless = frozenset(place for param, _, place in layout.members(layout.whole) if param not in self.state)
+        members = layout.members(layout.whole)
+        stateless = frozenset(place for param, _, place in members if "step" not in self.state.get(param, {}))
         if stateless:
             self.current_plan(stateless)
 

@@ -309,7 +309,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         own = layout.state_dict(self.state)
         if own is not None:
             return own
-        if self.state:
+        if any(isinstance(entries, dict) and "step" in entries for entries in self.state.values()):
             # A parameter that has joined or thawed since the last step.
             self._engine.create_missing_state(layout)
         # A parameter may stand in several groups that somebody has put together.
