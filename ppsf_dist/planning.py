@@ -152,7 +152,7 @@ class Planner:
         self._shared = failure
         try:
             confirm(failure, [shard for shard, _ in new], [slot for _, slot in new], team)
-        except Exception:
+        except BaseException:
             self._keep_state(params, before)
             raise
         return plan
