@@ -84,6 +84,9 @@ def resumed(schedule: Schedule, section: Section, folder: Path) -> Script:
         AssertionError: what was loaded is neither.
     """
     promised, attempted = read_number(folder / PROMISED), read_number(folder / ATTEMPTED)
+    if dist.is_initialized():
+        # A section without a step meets nobody before it saves: the first rank would write what another still reads.
+        dist.barrier()
     if attempted < 0:
         return Script(schedule, section, folder)
     for position in sorted({max(promised, 0), attempted}, reverse=True):
