@@ -189,9 +189,9 @@ class ProdigyPlusScheduleFree(Optimizer):
         With ``fused_back_pass`` it makes no step but ends the one that the backward pass has made: d and k are those of
         the next step then. Without one it changes nothing (and creates the state that is missing, for checkpoints).
 
-        If any gradient element (or its square in fp32) on any of the ranks that share the parameters is not finite, or a
-        number of a group is not, nothing changes on any of them and :attr:`skipped_steps` grows. Under DDP ranks share
-        nothing: each decides for itself.
+        If any gradient element (or its square in fp32) on any of the ranks that share the parameters is not finite, or
+        a number of a group is not, nothing changes on any of them and :attr:`skipped_steps` grows. Under DDP ranks
+        share nothing: each decides for itself.
 
         An exception undoes the step or comes after its end. Where a framework steps in parts, the parts before it stay.
 

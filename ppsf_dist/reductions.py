@@ -74,12 +74,6 @@ class Reductions:
         self._done = 0
 
     @property
-    def bytes(self) -> list[int]:
-        """Bytes that this rank gives to each all-reduce."""
-        widest = [max(t.element_size() for t in tensors) for tensors in self._sequence]
-        return [w * sum(t.numel() for t in tensors) for w, tensors in zip(widest, self._sequence, strict=True)]
-
-    @property
     def decided(self) -> bool:
         """Whether every sum is there: from now on all ranks know the same, and write."""
         return self._done == len(self._sequence)
