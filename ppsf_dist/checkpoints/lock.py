@@ -15,27 +15,32 @@ LOCK = "lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 """What file systems answer that have none."""
 
+MOST = 8
+"""Folders that a process holds at a time, so that one who saves each time into a new one does not run out of files."""
+
 _logger = logging.getLogger(__name__)
 _held: dict[Path, int] = {}
+"""Descriptors, those used last at the end."""
 
 
 def hold(root: Path) -> None:
     """Keep other processes from writing into a folder, until this one ends. Nothing happens if it does so already.
 
-    Whatever ends the process, ``kill -9`` included, ends the lock. On a file system without locks only a warning is
-    logged.
+    Whatever ends the process, ``kill -9`` included, ends the lock, and so does writing into ``MOST`` other folders. On
+    a file system without locks only a warning is logged.
 
     Raises:
         RuntimeError: another process holds the folder.
     """
     root = root.resolve()
     path = root / LOCK
-    held = _held.get(root)
+    held = _held.pop(root, None)
     if held is not None:
         if _lies_at(held, path):
+            _held[root] = held
             return
         # The folder was removed and made anew.
-        os.close(_held.pop(root))
+        os.close(held)
     while (descriptor := _lock(path)) is not None:
         if _lies_at(descriptor, path):
             break
@@ -44,6 +49,8 @@ def hold(root: Path) -> None:
         os.ftruncate(descriptor, 0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {started}".encode(), 0)
+        while len(_held) >= MOST:
+            let_go(next(iter(_held)))
         _held[root] = descriptor
 
 

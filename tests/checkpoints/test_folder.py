@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from ppsf_dist.checkpoints.disk import SummingWriter
+from ppsf_dist.checkpoints.lock import MOST
 from ppsf_dist.fsdp import load_checkpoint, release_checkpoint, remove_checkpoint, save_checkpoint
 from tests.checkpoints.small import DATA, EXTRA, MANIFEST, METADATA, as_early_release, equal, fresh, saved, trained
 
@@ -333,6 +334,21 @@ def test_a_folder_that_was_removed_and_made_anew_is_locked_anew(tmp_path: Path) 
     shutil.rmtree(path)
     saved(path)
     assert os.waitstatus_to_exitcode(in_fork(lambda: pytest.raises(RuntimeError, saved, path))) == 0
+
+
+def test_saving_each_time_into_a_new_folder_keeps_few_of_them_open(tmp_path: Path) -> None:
+    pair = trained(1)
+    for number in range(2 * MOST):
+        save_checkpoint(tmp_path / str(number), *pair)
+    opened = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+    locked = {Path(target).parent for target in opened if target.startswith(str(tmp_path))}
+    assert locked == {tmp_path / str(number) for number in range(MOST, 2 * MOST)}
+
+    # One that is used again is not the oldest any more.
+    save_checkpoint(tmp_path / str(MOST), *pair)
+    save_checkpoint(tmp_path / "new", *pair)
+    held = tmp_path / str(MOST)
+    assert os.waitstatus_to_exitcode(in_fork(lambda: pytest.raises(RuntimeError, saved, held))) == 0
 
 
 def test_a_checkpoint_of_an_early_release_loads_and_is_followed(

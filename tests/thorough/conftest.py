@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.thorough.tally import Tally, table, write
+from tests.thorough.tally import Tally, marks_of, table, write
 
 TALLIES = pytest.StashKey[list[Tally]]()
 STARTED = pytest.StashKey[float]()
@@ -19,6 +19,9 @@ Amount = Callable[[int, int], int]
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    page: Path | None = config.getoption("--figures")
+    if page is not None:
+        marks_of(page)  # Before hours of work, not after them.
     config.stash[TALLIES] = []
     config.stash[STARTED] = time.monotonic()
 

@@ -102,6 +102,8 @@ def resumed(schedule: Schedule, section: Section, folder: Path) -> Script:
                 raise
             continue
         assert script.position in (promised, attempted), f"loaded {script.position}, not {promised} or {attempted}"
+        # What one has loaded is there: a save that is killed next may not take it away.
+        script.promise()
         script.arrange(position, script.position)
         return script
     raise AssertionError("every checkpoint was refused")
@@ -201,10 +203,14 @@ class Script:
         elif ending == "kill":
             self._save_and_die()
 
+    def promise(self) -> None:
+        """Note that what is in the checkpoint goes on from here."""
+        self._write(PROMISED)
+
     def _save(self) -> None:
         self._write(ATTEMPTED)
         save_checkpoint(self._folder / "checkpoint", self._model, self._optimizer, {"operation": self.position})
-        self._write(PROMISED)
+        self.promise()
 
     def _save_and_die(self) -> None:
         """Save elsewhere, to know how long that takes, then with a death on the way."""

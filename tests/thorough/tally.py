@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pytest
 import torch
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
@@ -63,17 +64,24 @@ def machine() -> str:
     return f"{cores} cores ({platform.machine()}), Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def write(page: Path, tallies: list[Tally], command: str, seconds: float) -> None:
-    """Put the table between the two marks of a page, with the command that made it.
+def marks_of(page: Path) -> tuple[str, str]:
+    """The text of a page before and after the place of the table.
 
     Raises:
-        ValueError: the page has no marks.
+        pytest.UsageError: there is no such page, or it has no such place.
     """
-    text = page.read_text()
+    text = page.read_text() if page.is_file() else ""
     if BEGIN not in text or END not in text.partition(BEGIN)[2]:
-        raise ValueError(f"{page} has no line {BEGIN} with a line {END} below it: the table goes between them")
+        raise pytest.UsageError(
+            f"--figures {page}: expected a file with a line {BEGIN} and a line {END} below it, for the table"
+        )
     before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
+    return before, rest.split(END, 1)[1]
+
+
+def write(page: Path, tallies: list[Tally], command: str, seconds: float) -> None:
+    """Put the table between the two marks of a page, with the command that made it."""
+    before, after = marks_of(page)
     day = datetime.now(UTC).date().isoformat()
     said = f"`{command}`, {day}, {seconds / 60:.0f} minutes, {machine()}:"
     page.write_text(f"{before}{BEGIN}\n{said}\n\n{table(tallies)}\n{END}{after}")

@@ -34,5 +34,5 @@ def test_a_table_says_what_was_lost_and_what_broke_off(tmp_path: Path) -> None:
 def test_a_page_without_a_place_for_the_table_is_refused(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"{END}\n{BEGIN}\n")
-    with pytest.raises(ValueError, match="has no line"):
+    with pytest.raises(pytest.UsageError, match="expected a file with a line"):
         write(page, [], "", 0)
