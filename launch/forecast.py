@@ -5,7 +5,7 @@ from __future__ import annotations
 from options import Settings
 from ppsf_dist import ProdigyPlusScheduleFree
 from ppsf_dist.dry_run import Forecast, Share, forecast
-from ppsf_dist.options import Switches
+from ppsf_dist.methods.prodigy_plus import PRODIGY_PLUS
 
 COLUMNS = ("elements", "weights", "gradients", "state", "total")
 UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
@@ -25,8 +25,7 @@ def table(settings: Settings, optimizer: ProdigyPlusScheduleFree) -> str:
     """
     (group,) = optimizer.param_groups
     parameters = [(tuple(parameter.shape), parameter.dtype) for parameter in group["params"]]
-    frozen = 0 < group["prodigy_steps"] <= group["k"]
-    switches = Switches.of(group, statistics=not frozen)
+    switches = PRODIGY_PLUS.switches_now(group)
     world_size = settings.world_size or 1
     names = [settings.strategy] if settings.strategy else ["single", "ddp", "fsdp", "deepspeed"]
     names = [f"zero{settings.zero_stage}" if name == "deepspeed" else name for name in names]

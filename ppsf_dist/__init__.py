@@ -4,11 +4,13 @@ from ppsf_dist.bootstrap import ProcessInfo, init_process_group
 from ppsf_dist.clipping import clip_grad_norm_
 from ppsf_dist.consistency import check_replicas
 from ppsf_dist.evaluation import averaged
-from ppsf_dist.optimizer import ProdigyPlusScheduleFree
+from ppsf_dist.optimizers.prodigy_plus import ProdigyPlusScheduleFree
+from ppsf_dist.optimizers.sgd_schedulefree import SGDScheduleFree
 
 __all__ = [
     "ProcessInfo",
     "ProdigyPlusScheduleFree",
+    "SGDScheduleFree",
     "averaged",
     "check_replicas",
     "clip_grad_norm_",

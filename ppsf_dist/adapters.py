@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ppsf_dist.fsdp.shards import dtensor_shards
+from ppsf_dist.methods.base import Method
 from ppsf_dist.sharding import Shard, Team, plain_shard, team_of_ranks
 
 Group = dict[str, Any]
@@ -110,11 +111,11 @@ class Layout:
         """The state in the form that the framework's checkpoints need, or None if any form will do."""
         return None
 
-    def load_state_dict(self, state_dict: dict[str, Any], state: State) -> bool:
+    def load_state_dict(self, method: Method, state_dict: dict[str, Any], state: State) -> bool:
         """Load what :meth:`state_dict` made; False if it is something else."""
         return False
 
-    def adopt(self, state: State) -> bool:
+    def adopt(self, method: Method, state: State) -> bool:
         """Take over what the framework has written into state and groups by itself; False if there is nothing."""
         return False
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ppsf_dist.adapters import find_team
 from ppsf_dist.evaluation import innermost
-from ppsf_dist.optimizer import ProdigyPlusScheduleFree
+from ppsf_dist.optimizers.base import DistributedOptimizer
 from ppsf_dist.sharding import Shard, Team
 from ppsf_dist.sharding.fingerprint import Entry, checksum, first_difference, key, name_ranks
 from ppsf_dist.sharding.slots import Disagreement, Slot, compare_groups, compare_names, compare_settings
+from ppsf_dist.state.inventory import WHOLE
 
-WHOLE_ON_EVERY_RANK = ("exp_avg_sq_row", "exp_avg_sq_col")
 ADVICE = (
     "load the last checkpoint, and see what changed one rank alone: weights written outside the optimizer, an argument "
     "set on one rank, or faulty memory"
@@ -32,18 +32,18 @@ def check_replicas(optimizer: Any, process_group: dist.ProcessGroup | None = Non
     replicated.
 
     Args:
-        optimizer: a :class:`ppsf_dist.ProdigyPlusScheduleFree`, or something that wraps one.
+        optimizer: an optimizer of this package, or something that wraps one.
         process_group: ranks to compare. Default: those that share the step size, or all where every rank holds whole
             parameters, as under DDP.
 
     Raises:
         RuntimeError: ranks disagree. Raised on every rank alike; it names the ranks and the first argument or parameter
             that differs.
-        TypeError: there is no ProdigyPlusScheduleFree in ``optimizer``.
+        TypeError: there is no optimizer of this package in ``optimizer``.
     """
     ours = innermost(optimizer)
-    if not isinstance(ours, ProdigyPlusScheduleFree):
-        raise TypeError(f"optimizer is a {type(ours).__name__}: give a ProdigyPlusScheduleFree, or what wraps one")
+    if not isinstance(ours, DistributedOptimizer):
+        raise TypeError(f"optimizer is a {type(ours).__name__}: give an optimizer of ppsf_dist, or what wraps one")
     engine = ours._engine
     layout = engine.current_layout()
     members = layout.members(layout.whole)
@@ -51,7 +51,7 @@ def check_replicas(optimizer: Any, process_group: dist.ProcessGroup | None = Non
     slots = engine.slots(layout, members, shards)
     team = _team(ours, shards, process_group)
 
-    ours.get_d()
+    engine.settle()
     names = {(shard.domain, slot.identity): slot.name for shard, slot in zip(shards, slots, strict=True) if slot.name}
     entries = _entries(shards, slots, [ours.state.get(shard.param, {}) for shard in shards])
     mine = (engine.common(), engine.settings(), names, entries)
@@ -75,7 +75,7 @@ def check_replicas(optimizer: Any, process_group: dist.ProcessGroup | None = Non
     raise Disagreement(f"{known[0]}: weights or state are not the same on {where}: {ADVICE}")
 
 
-def _team(optimizer: ProdigyPlusScheduleFree, shards: Sequence[Shard], process_group: dist.ProcessGroup | None) -> Team:
+def _team(optimizer: DistributedOptimizer, shards: Sequence[Shard], process_group: dist.ProcessGroup | None) -> Team:
     if process_group is not None:
         return Team(process_group)
     team = optimizer._engine.team or find_team(shards, optimizer._engine.process_group)
@@ -91,9 +91,7 @@ def _entries(shards: Sequence[Shard], slots: Sequence[Slot], states: Sequence[di
             boxes = [] if whole else [(box.offset, box.size) for box in shard.boxes]
             keys.append(key((whole, shard.domain, slot.identity, shard.shape, boxes)))
             tensors = [
-                value
-                for name, value in sorted(state.items())
-                if isinstance(value, Tensor) and (name in WHOLE_ON_EVERY_RANK) == whole
+                value for name, value in sorted(state.items()) if isinstance(value, Tensor) and (name in WHOLE) == whole
             ]
             sums.append(checksum(tensors if whole else [shard.weights(), *tensors], shard.weights().device))
     # One wait for the device.

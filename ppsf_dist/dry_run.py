@@ -13,12 +13,14 @@ import torch
 
 from ppsf_dist.algorithm.second_moment import Factoring, factoring
 from ppsf_dist.algorithm.step_size import SLICE, statistics_dtype
-from ppsf_dist.kernels.interface import Stat
-from ppsf_dist.options import Switches
+from ppsf_dist.methods.prodigy_plus import PRODIGY_PLUS
+from ppsf_dist.methods.sums import Stat
+from ppsf_dist.methods.switches import Switches
 from ppsf_dist.reductions import Outcome
-from ppsf_dist.scalars import PARAMETER_NUMBERS, ROWS
+from ppsf_dist.scalars import VOID_NUMBERS
 from ppsf_dist.sharding import flat_range
 from ppsf_dist.sharding.geometry import Shape
+from ppsf_dist.state.inventory import PARAMETER_NUMBERS
 
 STRATEGIES = ("single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
 ZERO_SUB_GROUP = 10**9
@@ -166,7 +168,10 @@ def _whole(count: _Count, switches: Switches) -> Share:
             averaged = 0 if cell == 1 else _INT64 * (rows + rows // cell)
             indices += n * (rows * (_INT64 + _BOOL + _INT64) + averaged)
     tables = (2 if switches.counts_mask_late else 1) * (slots * len(Stat) + len(Outcome))
-    numbers = _FP64 * (slots * len(PARAMETER_NUMBERS) + tables + len(ROWS)) + _FP32 * length
+    numbers = (
+        _FP64 * (slots * len(PARAMETER_NUMBERS) + tables + (len(PRODIGY_PLUS.numbers) + len(VOID_NUMBERS)))
+        + _FP32 * length
+    )
     return Share(factored=_FP32 * length, numbers=numbers, indices=indices)
 
 

@@ -17,9 +17,9 @@ from ppsf_dist.adapters import Group, Layout, Part
 from ppsf_dist.kernels.eager import EagerKernels
 from ppsf_dist.kernels.interface import Kernels
 from ppsf_dist.kernels.writes import Writes
+from ppsf_dist.methods.base import Cause, Method, StepNumbers
 from ppsf_dist.plan import Plan
-from ppsf_dist.planning import Owner, Planner, is_frozen
-from ppsf_dist.scalars import Cause, StepNumbers
+from ppsf_dist.planning import Owner, Planner
 from ppsf_dist.sharding.slots import Disagreement, describe, share_failure
 from ppsf_dist.step import PartStep
 from ppsf_dist.swap import Swap
@@ -39,11 +39,11 @@ class Engine(Planner):
     """Everything between an optimizer's ``step()`` and its kernels.
 
     Args:
-        owner, process_group, seed: as of :class:`ppsf_dist.planning.Planner`.
+        owner, method, process_group, seed: as of :class:`ppsf_dist.planning.Planner`.
     """
 
-    def __init__(self, owner: Owner, process_group: dist.ProcessGroup | None, seed: int) -> None:
-        super().__init__(owner, process_group, seed)
+    def __init__(self, owner: Owner, method: Method, process_group: dist.ProcessGroup | None, seed: int) -> None:
+        super().__init__(owner, method, process_group, seed)
         self.kernels: Kernels = EagerKernels()
         self._open: OpenStep | None = None
         self._torn: str | None = None
@@ -62,11 +62,19 @@ class Engine(Planner):
         super().forget(reason)
         self._open, self._torn = None, None
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether parameters are stepped during the backward pass."""
+        return bool(self._owner.param_groups[0].get("fused_back_pass", False))
+
+    def _averages(self, group: Group) -> bool:
+        return self.method.switches(group).schedulefree
+
     def run(self, closure: Callable[[], float] | None) -> float | None:
         """One call of ``step()``: a step, a part of one, or the end of the one that the backward pass has made."""
         self._refuse_torn()
         layout = self.current_layout()
-        if self._owner.param_groups[0]["fused_back_pass"]:
+        if self.is_fused:
             loss = None if closure is None else closure()
             self._end_backward(layout)
             return loss
@@ -141,7 +149,7 @@ class Engine(Planner):
 
     def settle_backward(self) -> None:
         """End a step that nobody has ended, now that the backward pass must be over."""
-        if self._open is not None and self._owner.param_groups[0]["fused_back_pass"]:
+        if self._open is not None and self.is_fused:
             self._finish_step()
 
     def _step_part(self, part: Part, plan: Plan, *, ends_with: Part | None = None) -> None:
@@ -151,7 +159,7 @@ class Engine(Planner):
         is brought to its end before the exception goes on its way.
         """
         opened = self._open or OpenStep(self._begin_step(), frozenset())
-        frozen = [is_frozen(group) for group in self.groups]
+        frozen = [self.method.is_frozen(group) for group in self.groups]
         if plan.frozen != frozen:
             plan.freeze(frozen)
         step = PartStep(self.kernels, plan, opened.numbers)
@@ -184,14 +192,14 @@ class Engine(Planner):
 
     def _begin_step(self) -> StepNumbers:
         """The numbers that all parts of a step use."""
-        if any(group["use_schedulefree"] and not group["train_mode"] for group in self.groups):
+        if any(self._averages(group) and not group["train_mode"] for group in self.groups):
             raise RuntimeError(
                 "step() was called while the parameters hold the averaged weights: call optimizer.train() after "
                 "evaluating, before the next forward pass"
             )
         assert self.numbers is not None
         self.numbers.absorb(self.groups)
-        return StepNumbers(self.numbers, self.groups, self.seed)
+        return self.method.step_numbers(self.numbers, self.groups, self.seed)
 
     def _finish_step(self) -> None:
         """d for the next step, from the sums of all parts."""
@@ -234,7 +242,7 @@ class Engine(Planner):
         """Swap training and averaged weights of all groups, and their modes with them: all of it or nothing."""
         self._refuse_torn()
         groups = self._owner.param_groups
-        changing = [group for group in groups if group["use_schedulefree"] and group["train_mode"] != train]
+        changing = [group for group in groups if self._averages(group) and group["train_mode"] != train]
         if changing:
             self.settle_backward()
             self.settle()
@@ -271,8 +279,8 @@ class Engine(Planner):
                 state = self.state.get(param)
                 if state and state.get("step") and "z" in state:
                     weights = shards[param].weights()
-                    exact = keep or (not group["reference_quirks"] and weights.dtype != torch.float32)
-                    swaps.append(Swap(weights, state, group["betas"][0], train=train, keep=exact))
+                    exact = keep or (not self.method.switches(group).quirks and weights.dtype != torch.float32)
+                    swaps.append(Swap(weights, state, self.method.beta1(group), train=train, keep=exact))
         return swaps
 
     def _bring_to_its_end(self, action: Callable[[], None], name: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ppsf_dist.fsdp.modules import reshard
-from ppsf_dist.optimizer import ProdigyPlusScheduleFree
+from ppsf_dist.optimizers.base import DistributedOptimizer
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def averaged(optimizer: Any, model: nn.Module | None = None) -> Iterator[None]:
     """Evaluate with the averaged weights x, then go back to the training weights y, bit for bit.
 
     Args:
-        optimizer: a :class:`ppsf_dist.ProdigyPlusScheduleFree`, something that wraps one (DeepSpeed's or Accelerate's
+        optimizer: an optimizer of this package, something that wraps one (DeepSpeed's or Accelerate's
             optimizers), or any optimizer with ``train()`` and ``eval()`` that swap its parameters in place.
         model: the model that it trains. FSDP2 keeps gathered copies of some weights between forward passes, which a
             swap does not reach: give the model so that they are dropped.
@@ -28,7 +28,7 @@ def averaged(optimizer: Any, model: nn.Module | None = None) -> Iterator[None]:
     optimizer = innermost(optimizer)
     swapped = [group for group in optimizer.param_groups if group["train_mode"]]
     kept = []
-    if isinstance(optimizer, ProdigyPlusScheduleFree):
+    if isinstance(optimizer, DistributedOptimizer):
         optimizer._engine.learn_names(model)
         optimizer.eval(keep=True)
     elif swapped:
@@ -48,6 +48,6 @@ def averaged(optimizer: Any, model: nn.Module | None = None) -> Iterator[None]:
 
 def innermost(optimizer: Any) -> Any:
     """The optimizer inside of the wrappers that trainers and DeepSpeed put around it."""
-    while not isinstance(optimizer, ProdigyPlusScheduleFree) and hasattr(optimizer, "optimizer"):
+    while not isinstance(optimizer, DistributedOptimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer

@@ -9,16 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppsf_dist.algorithm import direction, rounding, step_size
-from ppsf_dist.algorithm.step_size import SpeedState
+from ppsf_dist.algorithm import direction, rounding
 from ppsf_dist.host import HostAccess
-from ppsf_dist.kernels.interface import Coefficients, Gates, Scales, Stat
+from ppsf_dist.kernels.interface import Coefficients, Gates, Scales
 from ppsf_dist.kernels.writes import Write
+from ppsf_dist.methods.base import Cause, StepNumbers
+from ppsf_dist.methods.sums import Stat
+from ppsf_dist.methods.switches import Switches
 from ppsf_dist.moments import FactoredMoments
-from ppsf_dist.options import Switches
 from ppsf_dist.reductions import Outcome, Reductions
-from ppsf_dist.scalars import PARAMETER_NUMBERS, Cause, StepNumbers
 from ppsf_dist.sharding.slots import SlotTable
+from ppsf_dist.state.inventory import PARAMETER_NUMBERS
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Traits:
     rounds_samples: Tensor
     rounds_s: Tensor
     identity: Tensor
+    any_gain: bool
     any_adopt: bool
     any_orthograd: bool
     any_mask: bool
@@ -63,7 +65,10 @@ class Traits:
         sizes = [float(torch.Size(slot.shape).numel()) for slot in table.slots]
         membership = torch.zeros(len(switches), len(of_slot), dtype=torch.float64)
         membership[groups, torch.arange(len(of_slot))] = 1
-        divides = [s.schedulefree and not s.atan2 and not s.focus and not (s.adopt and not s.quirks) for s in of_slot]
+        divides = [
+            s.second_moment and s.schedulefree and not s.atan2 and not s.focus and not (s.adopt and not s.quirks)
+            for s in of_slot
+        ]
         return cls(
             group_of=groups.to(device),
             membership=membership.to(device),
@@ -79,12 +84,26 @@ class Traits:
             rounds_samples=flags([rounds and s.quirks for rounds, s in zip(bf16, of_slot, strict=True)]),
             rounds_s=flags([rounds and s.quirks for rounds, s in zip(s_in_bf16, of_slot, strict=True)]),
             identity=torch.tensor([slot.identity for slot in table.slots], device=device),
+            any_gain=any(divides),
             any_adopt=any(s.adopt for s in of_slot),
             any_orthograd=any(s.orthograd for s in of_slot),
             any_mask=any(s.counts_mask_early or s.counts_mask_late for s in of_slot),
             any_speed=any(s.speed for s in of_slot),
             any_random=any(rounds and s.stochastic_rounding for rounds, s in zip(bf16, of_slot, strict=True)),
         )
+
+
+@dataclass
+class Part(Traits):
+    """The traits of the parameters of a plan, and where they stand in one step.
+
+    Attributes:
+        updates: how many updates each has had.
+        adopt_first: whether this is the first step of one that ADOPT steps.
+    """
+
+    updates: Tensor
+    adopt_first: Tensor
 
 
 class Known(NamedTuple):
@@ -120,44 +139,20 @@ class PartNumbers:
 
     def __init__(self, step: StepNumbers, parameters: Tensor, traits: Traits) -> None:
         self._step, self._parameters, self._traits = step, parameters, traits
-        self._updates = parameters[PARAMETER_NUMBERS.index("step")]
-        self.coefficients = self._coefficients()
+        updates = parameters[PARAMETER_NUMBERS.index("step")]
+        # ADOPT's first step, of the group or of a parameter that comes late, only sets the second moment.
+        self._adopt_first = traits.adopt & ((step.k[traits.group_of] == 1) | (updates == 0))
+        self._of = Part(**vars(traits), updates=updates, adopt_first=self._adopt_first)
+        self.coefficients = Coefficients.of(step.coefficients(self._of))
         self.keys = traits.identity
         if traits.any_random:
-            self.keys = rounding.keys(step.seed, self._updates.long(), traits.identity)
-
-    def _coefficients(self) -> Tensor:
-        """The table of :class:`Coefficients`, fp32."""
-        step, h, t, of = self._step, self._step.hyper, self._traits, self._traits.group_of
-        d, delta, beta1 = step.d[of], step.delta[of], h["beta1"][of]
-        # ADOPT's first step, of the group or of a parameter that comes late, only sets the second moment.
-        self._adopt_first = t.adopt & ((step.k[of] == 1) | (self._updates == 0))
-        beta2 = torch.where(self._adopt_first, 0.0, step.beta2[of])
-        one = torch.ones_like(d)
-        decay = h["weight_decay"][of]
-        rows = Coefficients(
-            d=d,
-            d_eps=d * h["eps"][of],
-            beta1=beta1,
-            momentum_weight=(1 - beta1) * torch.where(t.momentum_of_d, d, one),
-            beta2=beta2,
-            square_weight=(1 - beta2) * torch.where(t.focus_fixed, one, d * d),
-            focus_correction=torch.where(t.focus_fixed, 1 / (1 - beta2 ** (self._updates + 1)), one),
-            clamp=step.k[of] ** 0.25,
-            delta=delta,
-            c=step.c[of],
-            q=step.q[of],
-            weight_decay=decay,
-            keep=1 - decay * torch.where(h["weight_decay_by_lr"][of] > 0, delta, one),
-            beta3=h["beta3"][of],
-            s_weight=step_size.prodigy_weight(step.d, h["d0"])[of],
-        )
-        return torch.stack(rows).float()
+            self.keys = rounding.keys(step.seed, updates.long(), traits.identity)
 
     def moments(self, moments: FactoredMoments, sums: Tensor) -> Tensor:
         """The factored moments after this step, in scratch, from the sums of all ranks."""
-        named = Coefficients(*self.coefficients.unbind())
-        return moments.updated(sums, named.beta2, named.square_weight)
+        if not len(moments):
+            return sums
+        return moments.updated(sums, self.coefficients["beta2"], self.coefficients["square_weight"])
 
     def factors(self, moments: FactoredMoments, new: Tensor) -> Tensor:
         """Square roots for the denominator: of the new moments, or of the old ones under ADOPT."""
@@ -171,7 +166,7 @@ class PartNumbers:
         t = self._traits
         one = torch.ones_like(t.numel)
         late = one
-        factor = torch.where(t.gain_is_d, self.coefficients[0].double(), one)
+        factor = torch.where(t.gain_is_d, self.coefficients["d"].double(), one) if t.any_gain else one
         if t.any_mask:
             factor = factor * torch.where(t.early_mask, direction.mask_scale(stats[:, Stat.EARLY_MASK], t.numel), one)
             late = torch.where(t.late_mask, direction.mask_scale(stats[:, Stat.LATE_MASK], t.numel), one)
@@ -211,40 +206,10 @@ class PartNumbers:
         moved = verdict.active & ~self._adopt_first
         counted = moved & step.adapts[t.group_of]
         after = self._parameters.clone()
-        numerator, denominator = self._contributions(stats, counted, gates, after)
+        numerator, denominator = step.contributions(stats, self._of, counted & gates.weights, after)
         after[PARAMETER_NUMBERS.index("step")].add_(gates.moments)
         totals = step.totals.clone()
         for row, share in zip(totals, (numerator, denominator, moved.double()), strict=False):
             row.add_((t.membership * share).sum(1))
         totals[3].copy_(torch.maximum(totals[3], verdict.cause))
         return [Write([self._parameters, step.totals], [after, totals])]
-
-    def _contributions(
-        self, stats: Tensor, counted: Tensor, gates: Gates, after: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Each parameter's share in the numerator and denominator of its group; SPEED's memory goes into ``after``."""
-        t, h = self._traits, self._step.hyper
-        weight = step_size.prodigy_weight(self._step.d, h["d0"])[t.group_of]
-
-        def as_stored(sums: Tensor, rounds: Tensor) -> Tensor:
-            return torch.where(rounds, sums.bfloat16().double(), sums)
-
-        zero = torch.zeros_like(stats[:, Stat.DOT])
-        dot = as_stored(stats[:, Stat.DOT], t.rounds_samples)
-        numerator, denominator = weight * dot, as_stored(stats[:, Stat.S_L1], t.rounds_s)
-        if t.any_speed:
-            speed = (h["use_speed"] > 0)[t.group_of]
-            state, speed_numerator, speed_denominator = step_size.speed_contribution(
-                SpeedState(*self._parameters[1:]),
-                dot,
-                as_stored(stats[:, Stat.DELTA_L1], t.rounds_samples),
-                as_stored(stats[:, Stat.DELTA_SQUARE].sqrt(), t.rounds_samples),
-                self._step.k[t.group_of],
-                weight,
-            )
-            remembers = counted & speed & gates.weights
-            for row, value in zip(after[1:], vars(state).values(), strict=True):
-                row.copy_(torch.where(remembers, value, row))
-            numerator = torch.where(speed, speed_numerator, numerator)
-            denominator = torch.where(speed, speed_denominator, denominator)
-        return torch.where(counted, numerator, zero), torch.where(counted, denominator, zero)

@@ -12,17 +12,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppsf_dist.algorithm.second_moment import factoring
-from ppsf_dist.algorithm.step_size import SLICE, statistics_dtype
+from ppsf_dist.algorithm.step_size import SLICE
 from ppsf_dist.host import HostAccess, PendingCopy
-from ppsf_dist.kernels.interface import Stat
+from ppsf_dist.methods.sums import Stat
+from ppsf_dist.methods.switches import Switches
 from ppsf_dist.moments import FactoredMoments
-from ppsf_dist.options import Switches
 from ppsf_dist.part_numbers import Traits
 from ppsf_dist.reductions import Outcome, Reductions
 from ppsf_dist.refusals import refuse_gradient, refuse_reshaped, refuse_weights
-from ppsf_dist.scalars import PARAMETER_NUMBERS
 from ppsf_dist.sharding import Shard, Team
 from ppsf_dist.sharding.slots import SlotTable
+from ppsf_dist.state.inventory import PARAMETER_NUMBERS, SAMPLED, Entry, Holds, Lies, needed, numbers_of
 from ppsf_dist.work import Work, plan_work, sample_count, sample_indices
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Plan:
         factored = []
         for slot in table.slots:
             switch = switches[slot.group]
-            axes = factoring(slot.shape) if switch.factored else None
+            axes = factoring(slot.shape) if switch.second_moment and switch.factored else None
             dtype = torch.float32 if switch.factored_fp32 else getattr(torch, slot.dtype.removeprefix("torch."))
             factored.append(None if axes is None else (axes, switch.quirks, dtype))
         self.moments = FactoredMoments(factored, device)
@@ -108,42 +108,36 @@ class Plan:
 
     def _complete_state(self, shard: Shard, slot: int, switches: Switches, state: dict[str, Any]) -> None:
         """Add the state that a parameter lacks, and move its factored moments into the flat buffer."""
-        weights = shard.weights()
-        if switches.schedulefree and "z" not in state:
-            state["z"] = weights.detach().clone()
-        if not switches.schedulefree and "exp_avg" not in state:
-            state["exp_avg"] = torch.zeros_like(weights)
+        switches_now = self._as_frozen(switches, self.slots[slot].group)
+        for entry in needed(switches_now, self.slots[slot].shape):
+            if entry.name not in state:
+                state[entry.name] = _initial(entry, shard, switches_now)
+        if not switches_now.statistics:
+            for name in SAMPLED:
+                state.pop(name, None)
         placed = self.moments.slots[slot]
-        if placed is None:
-            if "exp_avg_sq" not in state:
-                state["exp_avg_sq"] = torch.zeros_like(weights)
-        else:
+        if placed is not None:
             axes = placed.factoring
             for name, where, shape in (
                 ("exp_avg_sq_row", placed.row, axes.row_shape),
                 ("exp_avg_sq_col", placed.col, axes.col_shape),
             ):
                 view = self.moments.values[where].view(shape)
-                if name in state:
-                    view.copy_(state[name])
+                view.copy_(state[name])
                 state[name] = view
-        if not self.frozen[self.slots[slot].group]:
-            dtype = statistics_dtype(weights.dtype, quirks=switches.quirks)
-            if "p0" not in state:
-                state["p0"] = samples_of(shard, weights).to(dtype)
-            if not switches.speed and "s" not in state:
-                state["s"] = torch.zeros(sample_count(shard), dtype=dtype, device=weights.device)
-        else:
-            state.pop("p0", None)
-            state.pop("s", None)
-        for row, name in zip(self.parameters, PARAMETER_NUMBERS, strict=True):
+        for row, name in zip(self.parameters, numbers_of(switches), strict=False):
             value = state.setdefault(name, 0.0)
             if value:
                 row[slot] = value
 
     def _plan_work(self, frozen: Sequence[bool]) -> list[Work]:
-        switch_of = [replace(self._switches[group], statistics=not frozen[group]) for group in self._groups_of]
+        self.frozen = list(frozen)
+        switch_of = [self._as_frozen(self._switches[group], group) for group in self._groups_of]
         return plan_work(self.shards, self.slot_of_shard, switch_of, self.moments, self._state)
+
+    def _as_frozen(self, switches: Switches, group: int) -> Switches:
+        """Switches of a group, without statistics once its step size no longer adapts."""
+        return replace(switches, statistics=switches.statistics and not self.frozen[group])
 
     def freeze(self, frozen: Sequence[bool]) -> None:
         """Free p0 and s of groups whose step size no longer adapts, when this rank learns of it.
@@ -152,10 +146,9 @@ class Plan:
         """
         for shard, group in zip(self.shards, self._groups_of, strict=True):
             if frozen[group]:
-                self._state[shard.param].pop("p0", None)
-                self._state[shard.param].pop("s", None)
+                for name in SAMPLED:
+                    self._state[shard.param].pop(name, None)
         self.works = self._plan_work(frozen)
-        self.frozen = list(frozen)
 
     def is_current(self) -> bool:
         """Whether the state still holds the tensors that the work looks at. Offloading it and back replaces them."""
@@ -253,12 +246,30 @@ class Plan:
             return
         table = self.parameters.tolist()
         for shard, slot in zip(self.shards, self.slot_of_shard, strict=True):
-            for name, row in zip(PARAMETER_NUMBERS, table, strict=True):
+            for name, row in zip(numbers_of(self._switches[self.slots[slot].group]), table, strict=False):
                 self._state[shard.param][name] = row[slot]
 
 
 def _is_odd(gradient: Tensor, shape: torch.Size) -> bool:
     return gradient.layout is not torch.strided or gradient.shape != shape or gradient.is_complex()
+
+
+def _initial(entry: Entry, shard: Shard, switches: Switches) -> Tensor:
+    """A piece of state before the first step: a point is where the weights are, all else is zero."""
+    weights = shard.weights()
+    dtype = entry.dtype(weights.dtype, switches)
+    if entry.lies is Lies.WHOLE:
+        axes = factoring(shard.shape)
+        assert axes is not None
+        shape = axes.row_shape if entry.name == "exp_avg_sq_row" else axes.col_shape
+        return torch.zeros(shape, dtype=dtype, device=weights.device)
+    if entry.lies is Lies.SAMPLED:
+        if entry.holds is Holds.POINT:
+            return samples_of(shard, weights).to(dtype)
+        return torch.zeros(sample_count(shard), dtype=dtype, device=weights.device)
+    if entry.holds is Holds.POINT:
+        return weights.detach().clone()
+    return torch.zeros_like(weights)
 
 
 def samples_of(shard: Shard, local: Tensor) -> Tensor:

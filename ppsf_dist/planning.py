@@ -20,11 +20,12 @@ from ppsf_dist.adapters import (
     find_team,
 )
 from ppsf_dist.host import HostAccess
-from ppsf_dist.options import ARGUMENTS, Switches
+from ppsf_dist.methods.base import Method
+from ppsf_dist.methods.switches import Switches
 from ppsf_dist.plan import Plan
 from ppsf_dist.reductions import Outcome, Reductions
 from ppsf_dist.release import RELEASE
-from ppsf_dist.scalars import GROUP_NUMBERS, GroupNumbers
+from ppsf_dist.scalars import GroupNumbers
 from ppsf_dist.sharding import Shard, Team
 from ppsf_dist.sharding.slots import (
     Disagreement,
@@ -36,9 +37,6 @@ from ppsf_dist.sharding.slots import (
     tell_failure,
 )
 from ppsf_dist.sharding.team import CollectiveFailed
-
-COMPARED = (*ARGUMENTS, "reference_quirks", "train_mode", *GROUP_NUMBERS)
-"""What of a group all ranks must agree on."""
 
 
 class Owner(Protocol):
@@ -57,12 +55,13 @@ class Planner:
 
     Args:
         owner: the optimizer.
+        method: what it is.
         process_group: ranks that share the step size, or None for those that the parameters live on.
         seed: of stochastic rounding.
     """
 
-    def __init__(self, owner: Owner, process_group: dist.ProcessGroup | None, seed: int) -> None:
-        self._owner = owner
+    def __init__(self, owner: Owner, method: Method, process_group: dist.ProcessGroup | None, seed: int) -> None:
+        self._owner, self.method = owner, method
         self.process_group = process_group
         self.seed = seed
         self.given: list[list[Tensor]] = []
@@ -98,15 +97,15 @@ class Planner:
         check_calling_framework(groups)
         if self._layout is None or self._layout.groups is not groups or not self._layout.is_current():
             self._layout = find_layout(groups, self.given)
-        if self._layout.adopt(self.state):
+        if self._layout.adopt(self.method, self.state):
             self.forget("its framework has loaded a checkpoint")
         return self._layout
 
     def current_plan(self, part: Part) -> Plan | None:
         """The plan for a part as it is now, made anew if its parameters or their switches have changed."""
         layout, groups = self.current_layout(), self.groups
-        switches = [Switches.of(group, statistics=True) for group in groups]
-        signature = (layout.signature(part), tuple(switches), tuple([group["prodigy_steps"] for group in groups]))
+        switches = [self.method.switches(group) for group in groups]
+        signature = (layout.signature(part), tuple(switches))
         plan = self.plans.get(part)
         if plan is not None and plan.signature == signature and plan.is_current():
             return plan
@@ -132,7 +131,7 @@ class Planner:
         shards = [trained[param] for param in params]
         team = self._find_team(layout)
         slots = self.slots(layout, members, shards)
-        if self.numbers is not None and not (team.is_alone and all(g["prodigy_steps"] == 0 for g in self.groups)):
+        if self.numbers is not None and not (team.is_alone and all(s.prodigy_steps == 0 for s in switches)):
             # Ranks compare these numbers, and k says which groups are frozen: late copies will not do.
             self.numbers.publish(self.groups, wait=True)
         table = agree_on_slots(shards, slots, self.common(), self.settings(), team)
@@ -142,10 +141,10 @@ class Planner:
         try:
             if self.host is None or self.host.device != shards[0].weights().device:
                 self.host = HostAccess(shards[0].weights().device)
-            frozen = [is_frozen(group) for group in self.groups]
+            frozen = [self.method.is_frozen(group) for group in self.groups]
             plan = Plan(shards, groups_of, table, switches, frozen, team, self.host, self.state, signature)
             if self.numbers is None or len(self.numbers.published) != len(self.groups):
-                self.numbers = GroupNumbers(self.groups, self.host)
+                self.numbers = GroupNumbers(self.method, self.groups, self.host)
         except Exception as error:
             failure = error
         new = [(shard, slot) for shard, slot, is_new in zip(shards, slots, unseen, strict=True) if is_new]
@@ -168,12 +167,13 @@ class Planner:
 
     def common(self) -> dict[str, object]:
         """What all ranks must agree on for the whole optimizer, by name."""
-        return {"seed": self.seed, "the release of ppsf_dist": RELEASE}
+        return {"seed": self.seed, "the release of ppsf_dist": RELEASE, "the optimizer": self.method.name}
 
     def settings(self) -> list[dict[str, object]]:
         """What all ranks must agree on for each group, by name. Waits for a learning rate that is a tensor."""
+        compared = (*self.method.arguments, "train_mode", *self.method.numbers)
         return [
-            {name: value.item() if isinstance(value := group.get(name), Tensor) else value for name in COMPARED}
+            {name: value.item() if isinstance(value := group.get(name), Tensor) else value for name in compared}
             for group in self.groups
         ]
 
@@ -287,20 +287,13 @@ class Planner:
         self.plans, self.numbers, self._trained = {}, None, None
 
 
-def is_frozen(group: Group) -> bool:
-    """Whether the step size of a group no longer adapts."""
-    return bool(group["prodigy_steps"] > 0 and group["k"] >= group["prodigy_steps"])
-
-
 def _what_changed(before: Any, now: Any) -> str:
     """Why a plan no longer fits, for ranks whose plans still do."""
-    (members, switches, steps), (new_members, new_switches, new_steps) = before, now
+    (members, switches), (new_members, new_switches) = before, now
     for index, (old, new) in enumerate(zip(switches, new_switches, strict=False)):
         for name, value in vars(old).items():
             if getattr(new, name) != value:
                 return f"{name} of parameter group {index} has changed from {value} to {getattr(new, name)}"
     if members != new_members:
         return "other parameters are trained than in the step before, or have another dtype, shape or device"
-    if steps != new_steps:
-        return f"prodigy_steps has changed from {steps} to {new_steps}"
     return "the optimizer's state has been replaced"

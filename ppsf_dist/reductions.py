@@ -8,7 +8,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from ppsf_dist.kernels.interface import Stat
+from ppsf_dist.methods.sums import Stat
 from ppsf_dist.sharding import Team
 
 

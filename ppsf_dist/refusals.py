@@ -105,10 +105,13 @@ def refuse_process_group(process_group: Any) -> None:
     )
 
 
-def refuse_zero_redundancy() -> None:
+def refuse_zero_redundancy(name: str) -> None:
     """Refuse to be built by torch's ZeroRedundancyOptimizer, which gives each rank some of the parameters only.
 
     Nothing in the parameters tells: only the stack leads to it, and only while the optimizer is built.
+
+    Args:
+        name: of the class that is being built.
 
     Raises:
         ValueError: that class is building this optimizer.
@@ -120,9 +123,9 @@ def refuse_zero_redundancy() -> None:
     while frame is not None:
         if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
             raise ValueError(
-                "ZeroRedundancyOptimizer(optimizer_class=ProdigyPlusScheduleFree) gives each rank some of the "
+                f"ZeroRedundancyOptimizer(optimizer_class={name}) gives each rank some of the "
                 "parameters, so that each would find a step size of its own, and no rank sees the averaged weights of "
                 "the others: shard the model in its place, with torch.distributed.fsdp.fully_shard(model) and "
-                "ProdigyPlusScheduleFree(model.parameters()), which shards the optimizer's state too"
+                f"{name}(model.parameters()), which shards the optimizer's state too"
             )
         frame = frame.f_back

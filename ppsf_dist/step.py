@@ -6,11 +6,12 @@ from functools import cached_property
 
 from torch import Tensor
 
-from ppsf_dist.kernels.interface import Kernels, Stat
+from ppsf_dist.kernels.interface import Kernels
 from ppsf_dist.kernels.writes import Writes
+from ppsf_dist.methods.base import Cause, StepNumbers
+from ppsf_dist.methods.sums import Stat
 from ppsf_dist.part_numbers import PartNumbers, Verdict
 from ppsf_dist.plan import Plan
-from ppsf_dist.scalars import Cause, StepNumbers
 
 
 class PartStep:

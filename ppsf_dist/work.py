@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ppsf_dist.algorithm import rounding
 from ppsf_dist.algorithm.step_size import SLICE
+from ppsf_dist.methods.switches import Switches
 from ppsf_dist.moments import FactoredMoments
-from ppsf_dist.options import Switches
 from ppsf_dist.sharding import Box, Shard
 from ppsf_dist.sharding.geometry import Shape
 

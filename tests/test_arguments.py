@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial
 
 from ppsf_dist import ProdigyPlusScheduleFree
-from ppsf_dist.options import ARGUMENTS
+from ppsf_dist.methods.prodigy_plus import ARGUMENTS
 from ppsf_dist.refusals import refuse_gradient, refuse_reshaped
 from tests.harness.pool import run
 

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ppsf_dist import ProdigyPlusScheduleFree
 from ppsf_dist.dry_run import Share, forecast
-from ppsf_dist.options import Switches
+from ppsf_dist.methods.prodigy_plus import PRODIGY_PLUS
+from ppsf_dist.methods.switches import Switches
 from tests.bootstrap import launchers
 from tests.harness.counting import count_collectives
 from tests.harness.pool import run
@@ -38,7 +39,7 @@ def make_model(dtype: torch.dtype) -> nn.Module:
 
 def switches_of(optimizer: ProdigyPlusScheduleFree) -> Switches:
     (group,) = optimizer.param_groups
-    return Switches.of(group, statistics=not 0 < group["prodigy_steps"] <= group["k"])
+    return PRODIGY_PLUS.switches_now(group)
 
 
 def local(tensor: Tensor) -> Tensor:

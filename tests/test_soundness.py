@@ -190,7 +190,7 @@ def at_the_edge(layout: Layout) -> dict[str, tuple[int, dict[str, Any]]]:
 @pytest.mark.parametrize("layout", SHARDED)
 def test_the_edge_of_fp32_is_in_the_same_place_in_every_layout(layout: str) -> None:
     expected = at_the_edge(SINGLE)
-    for (name, (_, made)) in EDGE.items():
+    for name, (_, made) in EDGE.items():
         assert expected[f"{name}, factored=True"][0] == int(not made)
     for of_rank in run(LAYOUTS[layout].world_size, at_the_edge, LAYOUTS[layout]):
         for name, (skipped, weights) in of_rank.items():

@@ -25,12 +25,26 @@ def averaging_weight(
         ``c`` (share of z in the new average), ``q = 1 - beta1 (1 - c)`` (share of the step that y takes at once), and
         the new sum of weights.
     """
-    weight = delta * delta
-    total = weight_sum + weight
-    c = torch.where(total > 0, weight / total.clamp_min(torch.finfo(total.dtype).tiny), torch.zeros_like(total))
+    c, total = share(delta * delta, weight_sum)
     scaled = (c * (1 - beta1) * schedulefree_c).clamp_max(1)
     c = torch.where(schedulefree_c > 0, scaled, c)
     return c, 1 - beta1 * (1 - c), total
+
+
+def share(weight: Tensor, weight_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """The share of a step in the average, 0 where no step has had a weight yet, and the new sum of weights (fp64)."""
+    total = weight_sum + weight
+    return torch.where(total > 0, weight / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0), total
+
+
+def warm_up(k: Tensor, warmup_steps: Tensor) -> Tensor:
+    """The factor ``min(1, (k + 1) / warmup_steps)`` of the learning rate; 1 without a warm-up.
+
+    Args:
+        k: steps that have been made.
+        warmup_steps: length of the warm-up, 0 for none.
+    """
+    return ((k + 1) / warmup_steps.clamp_min(1)).clamp_max(1)
 
 
 def train_to_eval_weight(beta1: float) -> float:

@@ -15,10 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppsf_dist.checkpoint import SAMPLED, WHOLE, check_state, of_the_checkpoint, read_groups
 from ppsf_dist.deepspeed.gather import gather_samples
 from ppsf_dist.deepspeed.shards import Partition, ZeroShard
+from ppsf_dist.methods.base import Method
 from ppsf_dist.sharding import team_of_ranks
+from ppsf_dist.state.inventory import SAMPLED, WHOLE
+from ppsf_dist.state.portable import check_state, of_the_checkpoint, read_groups
 
 KEY = "ppsf_dist"
 """Of what is kept aside, in the state of a flat tensor and in the first param_group."""
@@ -42,7 +44,7 @@ def to_deepspeed(partition: Partition, state: State) -> dict[str, Any]:
     entries: dict[int, Entry] = {}
     index_of: dict[int, int] = {}
     # One number for all parameters: universal checkpoints insist on it.
-    steps = int(partition.groups[0]["k"]) - 1
+    steps = max(0, int(partition.groups[0]["k"]) - 1)
     for place, shard in partition.slices.items():
         index = index_of.setdefault(id(shard.flat), len(index_of))
         if index not in entries:
@@ -56,14 +58,14 @@ def to_deepspeed(partition: Partition, state: State) -> dict[str, Any]:
     return {"state": entries, "param_groups": groups}
 
 
-def from_deepspeed(partition: Partition, state_dict: dict[str, Any], state: State) -> None:
+def from_deepspeed(method: Method, partition: Partition, state_dict: dict[str, Any], state: State) -> None:
     """Load what :func:`to_deepspeed` returned on this rank.
 
     Raises:
         ValueError: it was returned by a rank with other slices, or the groups do not fit. Nothing is changed then.
     """
     saved = [{name: value for name, value in group.items() if name != KEY} for group in state_dict["param_groups"]]
-    groups = read_groups({"param_groups": saved}, _as_given(partition))
+    groups = read_groups(method, {"param_groups": saved}, _as_given(partition))
     group_of = _groups_by_place(partition, groups)
     entries = {place: (entry, kept) for entry in state_dict["state"].values() for place, kept in entry[KEY].items()}
     loaded: State = {}
@@ -78,7 +80,7 @@ def from_deepspeed(partition: Partition, state_dict: dict[str, Any], state: Stat
         if kept["state"] is not None:
             loaded[shard.param] = _read(shard, entry, kept["state"])
             with of_the_checkpoint(f"parameter {place} of the checkpoint", "what was saved"):
-                check_state(shard, loaded[shard.param], group_of[place])
+                check_state(method, shard, loaded[shard.param], group_of[place])
     _take_over(partition, state, loaded, groups)
 
 
@@ -87,7 +89,7 @@ def is_universal(partition: Partition, state: State) -> bool:
     return any(state.get(shard.flat) for shard in partition.slices.values())
 
 
-def from_universal(partition: Partition, state: State) -> None:
+def from_universal(method: Method, partition: Partition, state: State) -> None:
     """Bring what DeepSpeed has written into state and groups into the form in which a step uses it.
 
     Raises:
@@ -96,13 +98,13 @@ def from_universal(partition: Partition, state: State) -> None:
     kept = partition.groups[0].get(KEY)
     if kept is None:
         raise ValueError(
-            "the universal checkpoint has no state of ProdigyPlusScheduleFree: it was made with another optimizer; "
+            f"the universal checkpoint has no state of {method.name}: it was made with another optimizer; "
             "load it with load_optimizer_states=False"
         )
     refusal = kept["refusal"] or (ROUND_ROBIN_HERE if _is_misplaced(partition) else None)
     if refusal:
         raise ValueError(f"the universal checkpoint cannot be used: {refusal}")
-    groups = read_groups({"param_groups": kept["groups"]}, _as_given(partition))
+    groups = read_groups(method, {"param_groups": kept["groups"]}, _as_given(partition))
     group_of = _groups_by_place(partition, groups)
     loaded: State = {}
     for place, shard in partition.slices.items():
@@ -120,7 +122,7 @@ def from_universal(partition: Partition, state: State) -> None:
                 rest[name] = shard.extract_samples(rest[name])
         loaded[shard.param] = _read(shard, state[shard.flat], rest)
         with of_the_checkpoint(f"parameter {place} of the universal checkpoint", "what was saved"):
-            check_state(shard, loaded[shard.param], group_of[place])
+            check_state(method, shard, loaded[shard.param], group_of[place])
     _take_over(partition, state, loaded, groups)
 
 
@@ -178,7 +180,8 @@ def _is_misplaced(partition: Partition) -> bool:
 def _aside(shard: ZeroShard, entry: Entry) -> Entry:
     """What of a parameter's state has no place in the flat tensors, and what lies there.
 
-    ``in_exp_avg`` names the tensor in ``exp_avg``, ``packed`` the samples in ``exp_avg_sq``.
+    ``in_exp_avg`` names the tensor in ``exp_avg``, ``packed`` the samples in ``exp_avg_sq``, and ``in_exp_avg_sq`` says
+    whether a second moment lies there.
     """
     first = "z" if "z" in entry else "exp_avg"
     samples = [name for name in SAMPLED if name in entry]
@@ -189,7 +192,8 @@ def _aside(shard: ZeroShard, entry: Entry) -> Entry:
     )
     elsewhere = {first, "exp_avg_sq", *(samples if packs else [])}
     aside = {name: value for name, value in entry.items() if name not in elsewhere}
-    return {**aside, "in_exp_avg": first, "packed": samples if packs else []}
+    squares = "exp_avg_sq" in entry
+    return {**aside, "in_exp_avg": first, "in_exp_avg_sq": squares, "packed": samples if packs else []}
 
 
 def _write(shard: ZeroShard, entry: Entry, flats: Entry) -> Entry:
@@ -212,9 +216,11 @@ def _read(shard: ZeroShard, flats: Entry, aside: Entry) -> Entry:
     device = shard.flat.device
     entry: Entry = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in aside.items()}
     first, packed = entry.pop("in_exp_avg"), entry.pop("packed")
+    # The first releases did not say it: every parameter had one of the two forms.
+    squares = entry.pop("in_exp_avg_sq", not set(WHOLE) & set(entry))
     entry[first] = shard.local(flats["exp_avg"]).to(device, copy=True)
     second = shard.local(flats["exp_avg_sq"]).to(device, copy=True)
-    if not set(WHOLE) & set(entry):
+    if squares:
         entry["exp_avg_sq"] = second
     words = second[shard.samples].contiguous().view(torch.int32)
     for name, shift in zip(packed, (16, 0), strict=False):

@@ -12,7 +12,7 @@ from typing import Any
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from ppsf_dist.adapters import check_calling_framework
-from ppsf_dist.optimizer import ProdigyPlusScheduleFree
+from ppsf_dist.optimizers.base import DistributedOptimizer
 
 Config = Mapping[str, Any]
 
@@ -20,25 +20,26 @@ NO_CLIPPING = '"gradient_clipping": 0.0'
 _CHECKED = "_ppsf_dist_checked_config"
 
 
-def build(params: Iterable[Any], **arguments: Any) -> ProdigyPlusScheduleFree:
+def build(optimizer: type[DistributedOptimizer], params: Iterable[Any], **arguments: Any) -> DistributedOptimizer:
     """Make the optimizer that a config names. DeepSpeed calls this.
 
     Args:
+        optimizer: its class.
         params: the model's parameters, or groups of them.
         arguments: ``optimizer.params`` of the config.
 
     Raises:
         ValueError: the config asks for what cannot work, or an argument is unknown or out of range.
     """
-    allowed = [name for name in inspect.signature(ProdigyPlusScheduleFree).parameters if name != "params"]
+    allowed = [name for name in inspect.signature(optimizer).parameters if name != "params"]
     for name, value in arguments.items():
         if name not in allowed:
             raise ValueError(
-                f"optimizer.params.{name}={value!r} of the DeepSpeed config is no argument of ProdigyPlusScheduleFree: "
+                f"optimizer.params.{name}={value!r} of the DeepSpeed config is no argument of {optimizer.__name__}: "
                 f"leave it out; there are {', '.join(allowed)}"
             )
     check_calling_framework([arguments])
-    return ProdigyPlusScheduleFree(params, **arguments)
+    return optimizer(params, **arguments)
 
 
 def check_config(config: Config | str | Path, *, averages: bool | None = None) -> None:
@@ -80,7 +81,7 @@ def check_engine(engine: DeepSpeedEngine, groups: Sequence[Mapping[str, Any]]) -
     if engine.pipeline_parallelism:
         raise NotImplementedError(
             "the model is a PipelineModule, whose stages would each find a step size of their own: shard it by ZeRO "
-            "alone, or use torch's pipeline stages with ProdigyPlusScheduleFree(..., process_group=)"
+            "alone, or use torch's pipeline stages with process_group="
         )
     _check(engine._config._param_dict, groups)
     setattr(engine, _CHECKED, True)
@@ -89,7 +90,7 @@ def check_engine(engine: DeepSpeedEngine, groups: Sequence[Mapping[str, Any]]) -
 def _check(config: Config, groups: Sequence[Mapping[str, Any]]) -> None:
     reasons = list(_refusals(config, groups))
     if reasons:
-        raise ValueError("this DeepSpeed config cannot work with ProdigyPlusScheduleFree: " + "; ".join(reasons))
+        raise ValueError("this DeepSpeed config cannot work with an optimizer of ppsf_dist: " + "; ".join(reasons))
     if "gradient_clipping" not in config:
         warnings.warn(
             "the DeepSpeed config does not say gradient_clipping, and DeepSpeed (0.19) then clips gradients to norm "

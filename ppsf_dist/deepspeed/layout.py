@@ -13,6 +13,7 @@ from ppsf_dist.adapters import Group, Layout, Member, Part, State
 from ppsf_dist.deepspeed.checkpoints import KEY, from_deepspeed, from_universal, is_universal, to_deepspeed
 from ppsf_dist.deepspeed.refresh import refresh_model
 from ppsf_dist.deepspeed.shards import Partition, ZeroShard, find_partition, is_trained
+from ppsf_dist.methods.base import Method
 from ppsf_dist.sharding import Shard, plain_shard
 
 
@@ -65,16 +66,16 @@ class ZeroLayout(Layout):
     def state_dict(self, state: State) -> dict[str, Any]:
         return to_deepspeed(self.partition, state)
 
-    def load_state_dict(self, state_dict: dict[str, Any], state: State) -> bool:
+    def load_state_dict(self, method: Method, state_dict: dict[str, Any], state: State) -> bool:
         if KEY not in state_dict["param_groups"][0]:
             return False
-        from_deepspeed(self.partition, state_dict, state)
+        from_deepspeed(method, self.partition, state_dict, state)
         return True
 
-    def adopt(self, state: State) -> bool:
+    def adopt(self, method: Method, state: State) -> bool:
         if not is_universal(self.partition, state):
             return False
-        from_universal(self.partition, state)
+        from_universal(method, self.partition, state)
         return True
 
     def shards(self, params: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> list[Shard]:

@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ppsf_dist.checkpoint import LIKE_PARAMETER, SAMPLED, to_portable
 from ppsf_dist.checkpoints import CheckpointFiles, Entry, open_checkpoint, write_checkpoint
 from ppsf_dist.deepspeed.experts import is_expert
 from ppsf_dist.deepspeed.gather import gather_elements, gather_samples
 from ppsf_dist.deepspeed.shards import ZeroShard
 from ppsf_dist.evaluation import innermost
 from ppsf_dist.sharding import Shard, everyone, together, whole
+from ppsf_dist.state.inventory import LIKE_PARAMETER, SAMPLED
+from ppsf_dist.state.portable import to_portable
 
 Location = str | os.PathLike[str]
 
@@ -90,7 +91,7 @@ class _Run:
             )
         self.optimizer = innermost(engine.optimizer)
         # What lives on the device comes into state and groups.
-        self.optimizer.get_d()
+        self.optimizer._engine.settle()
         self.layout = self.optimizer._engine.current_layout()
         # Of a parameter with several names only the first.
         self._name_of = {id(param): name for name, param in self.module.named_parameters()}
@@ -101,6 +102,8 @@ class _Run:
         self.shards: dict[str, Shard] = {
             names[member.identity]: shard for member, shard in zip(members, shards, strict=True)
         }
+        switches = [self.optimizer.method.switches(group) for group in self.layout.groups]
+        self._switches = {member.param: switches[member.group] for member in members}
 
     def named_groups(self) -> list[dict[str, Any]]:
         groups = zip(self.layout.groups, self.group_names, strict=True)
@@ -111,7 +114,9 @@ class _Run:
         for place, (name, shard) in enumerate(self.shards.items()):
             entry = {key: _gathered(shard, key, value) for key, value in self.optimizer.state[shard.param].items()}
             if entry and _writes(place):
-                portable = to_portable(Shard(shard.param, shard.shape, (whole(shard.shape),)), entry)
+                portable = to_portable(
+                    Shard(shard.param, shard.shape, (whole(shard.shape),)), entry, self._switches[shard.param]
+                )
                 yield name, {k: v.cpu() if isinstance(v, Tensor) else v for k, v in portable.items()}
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:

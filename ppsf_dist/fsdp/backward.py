@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
-    from ppsf_dist.optimizer import ProdigyPlusScheduleFree
+    from ppsf_dist.optimizers.prodigy_plus import ProdigyPlusScheduleFree
 
 
 def step_in_backward(model: nn.Module, optimizer: ProdigyPlusScheduleFree) -> StepInBackward:

@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from ppsf_dist.checkpoint import read_groups
 from ppsf_dist.checkpoints import CheckpointFiles, open_checkpoint, write_checkpoint
 from ppsf_dist.sharding import everyone, together
+from ppsf_dist.state.portable import read_groups
 
 
 def save_checkpoint(
@@ -91,8 +91,9 @@ def _read(files: CheckpointFiles, state: dict[str, Any], optimizer: Optimizer) -
     """Read into tensors that the model does not see."""
     model = state["model"]
     files.check_model({name: value.shape for name, value in model.items() if isinstance(value, Tensor)})
-    if "state_version" in optimizer.param_groups[0]:
-        read_groups({"param_groups": files.groups()}, optimizer.param_groups)
+    method = getattr(optimizer, "method", None)
+    if method is not None and "state_version" in optimizer.param_groups[0]:
+        read_groups(method, {"param_groups": files.groups()}, optimizer.param_groups)
     state["model"] = {
         name: torch.empty_like(value) if isinstance(value, Tensor) else value for name, value in model.items()
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from torch import Tensor
 from ppsf_dist.algorithm import direction, rounding, step_size
 from ppsf_dist.kernels.eager.tile import TileView
 from ppsf_dist.kernels.eager.workspace import Workspace
-from ppsf_dist.kernels.interface import Coefficients, Gates, Scales, Stat
+from ppsf_dist.kernels.interface import Coefficients, Gates, Scales
 from ppsf_dist.kernels.writes import Write, Writes
+from ppsf_dist.methods.sums import Stat
 from ppsf_dist.work import Work
 
 
@@ -25,7 +27,9 @@ class EagerKernels:
     def __init__(self) -> None:
         self._workspace = Workspace()
 
-    def pass_1(self, works: Sequence[Work], coefficients: Tensor, factors: Tensor, sums: Tensor, stats: Tensor) -> None:
+    def pass_1(
+        self, works: Sequence[Work], coefficients: Coefficients, factors: Tensor, sums: Tensor, stats: Tensor
+    ) -> None:
         for work in works:
             if not work.owned:
                 self._check_finite(work, coefficients, stats)
@@ -53,7 +57,7 @@ class EagerKernels:
                 local[:, Stat.LARGEST_SQUARE] += _largest(row_sums)
             stats.index_add_(0, work.slot_index, local)
 
-    def pass_2(self, works: Sequence[Work], coefficients: Tensor, factors: Tensor, stats: Tensor) -> None:
+    def pass_2(self, works: Sequence[Work], coefficients: Coefficients, factors: Tensor, stats: Tensor) -> None:
         for work in works:
             if not (work.owned and work.switches.needs_norms):
                 continue
@@ -69,7 +73,7 @@ class EagerKernels:
             stats.index_add_(0, work.slot_index, local)
 
     def count_masks(
-        self, works: Sequence[Work], coefficients: Tensor, factors: Tensor, scales: Tensor, stats: Tensor
+        self, works: Sequence[Work], coefficients: Coefficients, factors: Tensor, scales: Tensor, stats: Tensor
     ) -> None:
         for work in works:
             if not (work.owned and work.switches.counts_mask_late):
@@ -87,7 +91,7 @@ class EagerKernels:
     def pass_3(
         self,
         works: Sequence[Work],
-        coefficients: Tensor,
+        coefficients: Coefficients,
         factors: Tensor,
         scales: Tensor,
         gates: Gates,
@@ -99,7 +103,7 @@ class EagerKernels:
             if moment_gate is False:
                 continue
             of_work = Scales(*_columns(scales, work))
-            c, of_axes = Coefficients(*_columns(coefficients, work)), _of_axes(factors, work)
+            c, of_axes = _named(coefficients, work), _of_axes(factors, work)
             for tile in work.tiles:
                 view = partial(TileView, self._workspace, work, tile, c, of_axes)
                 writes.put(partial(self._stepped, view, of_work, moment_gate, weight_gate, keys))
@@ -177,7 +181,7 @@ class EagerKernels:
         bits.bitwise_xor_(keys[work.slot_index].view(-1, *ones))
         return rounding.mix_(bits, self._workspace.take("shifted", view.g, view.shape, torch.int32))
 
-    def _check_finite(self, work: Work, coefficients: Tensor, stats: Tensor) -> None:
+    def _check_finite(self, work: Work, coefficients: Coefficients, stats: Tensor) -> None:
         """A replica's part in the sums: 0, unless its gradient is not finite."""
         local = self._local_stats(work, stats)
         for view in self._tiles(work, coefficients, None):
@@ -200,8 +204,8 @@ class EagerKernels:
             s = view.gradient_sum(view.samples("s"), gradient)
             local[:, Stat.S_L1] += _sum(s.float().abs_())
 
-    def _tiles(self, work: Work, coefficients: Tensor, factors: Tensor | None) -> Iterator[TileView]:
-        c = Coefficients(*_columns(coefficients, work))
+    def _tiles(self, work: Work, coefficients: Coefficients, factors: Tensor | None) -> Iterator[TileView]:
+        c = _named(coefficients, work)
         of_axes = None if factors is None else _of_axes(factors, work)
         for tile in work.tiles:
             yield TileView(self._workspace, work, tile, c, of_axes)
@@ -216,6 +220,10 @@ def _columns(table: Tensor, work: Work) -> tuple[Tensor, ...]:
     if len(work.slots) == 1:
         return table[:, work.slots[0]].unbind()
     return table[:, work.slot_index].view(len(table), -1, *[1] * len(work.size)).unbind()
+
+
+def _named(coefficients: Coefficients, work: Work) -> SimpleNamespace:
+    return SimpleNamespace(**dict(zip(coefficients.names, _columns(coefficients.table, work), strict=True)))
 
 
 def _of_axes(factors: Tensor, work: Work) -> tuple[Tensor, Tensor] | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 
 from ppsf_dist.algorithm import direction, second_moment, step_size
 from ppsf_dist.kernels.eager.workspace import Workspace
-from ppsf_dist.kernels.interface import Coefficients, Scales
+from ppsf_dist.kernels.interface import Scales
 from ppsf_dist.work import Tile, Work
 
 
@@ -19,7 +21,7 @@ class TileView:
         workspace: Workspace,
         work: Work,
         tile: Tile,
-        c: Coefficients,
+        c: SimpleNamespace,
         factors: tuple[Tensor, Tensor] | None,
     ) -> None:
         self.workspace, self.work, self.tile, self.c = workspace, work, tile, c
@@ -88,6 +90,8 @@ class TileView:
         """The direction u in units of ``gain``, and the new second moment and momentum where they are elementwise."""
         switches, c = self.work.switches, self.c
         moment: Tensor | None = None
+        if not switches.second_moment:
+            return self.workspace.take("u", self.g, self.shape).copy_(self.g), None, None
         if self.factors is not None:
             u = torch.mul(*self.factors, out=self.workspace.take("u", self.g, self.shape))
         else:

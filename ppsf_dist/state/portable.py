@@ -18,33 +18,33 @@ from torch import Tensor
 
 from ppsf_dist.algorithm.second_moment import factoring
 from ppsf_dist.algorithm.step_size import SLICE
-from ppsf_dist.options import naming, plain, settle, validate_group, validate_numbers, validate_together
+from ppsf_dist.methods.base import Method
+from ppsf_dist.methods.rules import naming, plain
+from ppsf_dist.methods.switches import Switches
 from ppsf_dist.refusals import DTYPES
-from ppsf_dist.scalars import GROUP_NUMBERS, PARAMETER_NUMBERS, initial_numbers
 from ppsf_dist.sharding import Shard
+from ppsf_dist.state.inventory import (
+    LIKE_PARAMETER,
+    PARAMETER_NUMBERS,
+    SAMPLED,
+    SIGNED,
+    TENSORS,
+    WHOLE,
+    Holds,
+    Lies,
+    needed,
+)
 from ppsf_dist.work import sample_indices
-
-_SIGNED = "exp_avg_x0_dot"
 
 STATE_VERSION = 1
 """Of the form of a checkpoint: raised when an older release could not read it."""
 
-LIKE_PARAMETER = ("z", "exp_avg", "exp_avg_sq", "y")
-WHOLE = ("exp_avg_sq_row", "exp_avg_sq_col")
-SAMPLED = ("p0", "s")
-MOMENTS = ("exp_avg_sq", *WHOLE)
-STRUCTURAL = ("use_schedulefree", "use_speed", "use_focus", "factored", "factored_fp32")
-"""Switches that decide which state there is: a checkpoint made with other ones does not fit."""
-
 OF_THE_LOOP = ("params", "fused_back_pass")
 """What of a group belongs to the program and not to its run: the optimizer keeps its own."""
 
-OF_THE_REFERENCE = ("optimiser_version", "running_d_numerator", "running_d_denom", "exp_avg_sq_metadata")
-"""What prodigy-plus-schedule-free keeps for itself and nothing here needs."""
 
-
-def to_portable(shard: Shard, state: dict[str, Any]) -> dict[str, Any]:
-    """A parameter's state for a checkpoint."""
+def to_portable(shard: Shard, state: dict[str, Any], switches: Switches) -> dict[str, Any]:
+    """A parameter's state for a checkpoint, of a group with these switches."""
     portable: dict[str, Any] = {}
     for name, value in state.items():
         if name in LIKE_PARAMETER:
@@ -55,7 +55,7 @@ def to_portable(shard: Shard, state: dict[str, Any]) -> dict[str, Any]:
             portable[name] = shard.spread_rows(_by_row(shard, value))
         else:
             portable[name] = value
-    for name in SAMPLED if "p0" not in state and ("z" in state or "exp_avg" in state) else ():
+    for name in SAMPLED if switches.statistics and "p0" not in state and set(state) & {*LIKE_PARAMETER} else ():
         # Freed by prodigy_steps; the keys of a checkpoint do not depend on when it was made.
         freed = shard.weights().new_zeros(shard.row_count, row_width(shard.shape))
         portable[name] = shard.spread_rows(freed)
@@ -63,19 +63,25 @@ def to_portable(shard: Shard, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def pack(
-    groups: Sequence[dict[str, Any]], state: Mapping[Any, dict[str, Any]], shards: Sequence[Shard]
+    method: Method, groups: Sequence[dict[str, Any]], state: Mapping[Any, dict[str, Any]], shards: Sequence[Shard]
 ) -> dict[str, Any]:
     """A state dict as torch's optimizers make it: parameters by position, entries that belong to none as they are.
 
     Args:
-        groups: the optimizer's groups.
+        method: what the optimizer is.
+        groups: its groups.
         state: its state.
         shards: of the parameters that have state, each once.
     """
     index_of: dict[Tensor, int] = {}
-    for position, param in enumerate(param for group in groups for param in group["params"]):
-        index_of.setdefault(param, position)
-    entries = {index_of[shard.param]: to_portable(shard, state[shard.param]) for shard in shards}
+    switches_of: dict[Tensor, Switches] = {}
+    for group in groups:
+        for param in group["params"]:
+            index_of.setdefault(param, len(index_of))
+            switches_of.setdefault(param, method.switches(group))
+    entries = {
+        index_of[shard.param]: to_portable(shard, state[shard.param], switches_of[shard.param]) for shard in shards
+    }
     others = {key: value for key, value in state.items() if not isinstance(key, Tensor)}
     return {
         "state": entries | others,
@@ -83,7 +89,7 @@ def pack(
     }
 
 
-def read_groups(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def read_groups(method: Method, state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The groups as they are to be after loading: the checkpoint's, with the optimizer's own parameters.
 
     Arguments that the checkpoint does not have stay the optimizer's; keys that nothing here knows are kept.
@@ -102,26 +108,27 @@ def read_groups(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) ->
             f"the checkpoint has {len(saved)} parameter groups, this optimizer {len(groups)}: build it with the groups "
             "that the checkpoint was made with"
         )
-    result = [_read_group(theirs, ours, i) for i, (theirs, ours) in enumerate(zip(saved, groups, strict=True))]
+    pairs = enumerate(zip(saved, groups, strict=True))
+    result = [_read_group(method, theirs, ours, index) for index, (theirs, ours) in pairs]
     with naming("the checkpoint"):
-        validate_together(result)
+        method.validate_together(result)
     return result
 
 
-def _read_group(theirs: dict[str, Any], ours: dict[str, Any], index: int) -> dict[str, Any]:
+def _read_group(method: Method, theirs: dict[str, Any], ours: dict[str, Any], index: int) -> dict[str, Any]:
     if len(theirs["params"]) != len(ours["params"]):
         raise ValueError(
             f"parameter group {index} has {len(theirs['params'])} parameters in the checkpoint and "
             f"{len(ours['params'])} here: build the optimizer with the parameters the checkpoint was made with"
         )
-    _check_version(theirs, index)
-    kept = {key: value for key, value in theirs.items() if key not in OF_THE_LOOP + OF_THE_REFERENCE}
-    merged = {**ours, **initial_numbers(ours), **deepcopy(kept)}
+    _check_version(method, theirs, index)
+    kept = {key: value for key, value in theirs.items() if key not in (*OF_THE_LOOP, *method.foreign)}
+    merged = {**ours, **method.initial_numbers(ours), **deepcopy(kept)}
     with of_the_checkpoint(f"parameter group {index} of the checkpoint", f"state_dict['param_groups'][{index}]"):
-        validate_group(merged)
-        validate_numbers(merged)
-    settle(merged)
-    for name in STRUCTURAL:
+        method.validate_group(merged)
+        method.validate_numbers(merged)
+    method.settle(merged)
+    for name in method.structural:
         if merged[name] != ours[name]:
             raise ValueError(
                 f"{name} is {theirs[name]!r} in parameter group {index} of the checkpoint and {ours[name]!r} here, "
@@ -137,24 +144,15 @@ def of_the_checkpoint(where: str, place: str) -> Iterator[None]:
         yield
 
 
-def _check_version(group: dict[str, Any], index: int) -> None:
+def _check_version(method: Method, group: dict[str, Any], index: int) -> None:
     version = group.get("state_version", STATE_VERSION)
     if version != STATE_VERSION:
         raise ValueError(
             f"state_version is {version} in parameter group {index} of the checkpoint, this release reads "
             f"{STATE_VERSION}: load it with the release that made it"
         )
-    if "d" not in group or "k" not in group:
-        raise ValueError(
-            f"parameter group {index} of the checkpoint has no 'd' or 'k': it was not made by this optimizer or by "
-            "prodigy-plus-schedule-free 2.x"
-        )
-    if "prev_d_numerator" not in group:
-        raise ValueError(
-            f"parameter group {index} of the checkpoint has no 'prev_d_numerator': it was made by "
-            "prodigy-plus-schedule-free 1.x, whose statistics mean something else; start a new run from the weights"
-        )
-    missing = [name for name in GROUP_NUMBERS if name not in group] if "state_version" in group else []
+    method.refuse_foreign(group, f"parameter group {index} of the checkpoint")
+    missing = [name for name in method.numbers if name not in group] if "state_version" in group else []
     if missing:
         raise ValueError(
             f"parameter group {index} of the checkpoint has no {missing[0]!r}: it is damaged or was changed; load "
@@ -163,11 +161,12 @@ def _check_version(group: dict[str, Any], index: int) -> None:
 
 
 def read_state(
-    state_dict: dict[str, Any], shards: Sequence[Shard], groups: Sequence[dict[str, Any]]
+    method: Method, state_dict: dict[str, Any], shards: Sequence[Shard], groups: Sequence[dict[str, Any]]
 ) -> dict[Any, dict[str, Any]]:
     """The state of each parameter in its local form, from portable state or from the reference's.
 
     Args:
+        method: what the optimizer is.
         state_dict: the checkpoint.
         shards: of all parameters.
         groups: what :func:`read_groups` has made of the checkpoint's groups.
@@ -187,13 +186,13 @@ def read_state(
             if saved:
                 where = f"parameter {key} (group {index}, shape {by_param[param].shape})"
                 with of_the_checkpoint(f"{where} of the checkpoint", f"state_dict['state'][{key!r}]"):
-                    result[param] = _to_local(by_param[param], saved, ours)
+                    result[param] = _to_local(method, by_param[param], saved, ours)
     # Keys of another kind than the parameters' belong to no parameter.
     others = [key for key in state_dict["state"] if type(key) not in kinds]
     return result | {key: deepcopy(state_dict["state"][key]) for key in others}
 
 
-def _to_local(shard: Shard, saved: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+def _to_local(method: Method, shard: Shard, saved: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     weights = shard.weights()
     local: dict[str, Any] = {}
     for name, value in saved.items():
@@ -206,27 +205,18 @@ def _to_local(shard: Shard, saved: dict[str, Any], group: dict[str, Any]) -> dic
             local[name] = _on(_whole(value), weights).float().clone()
         elif name in SAMPLED:
             local[name] = _on(_samples_from(shard, name, value), weights)
-        elif name not in OF_THE_REFERENCE:
+        elif name not in method.foreign:
             local[name] = _on(value, weights).clone() if isinstance(value, Tensor) else deepcopy(value)
     if not set(local) & {*LIKE_PARAMETER, *WHOLE, *SAMPLED, *PARAMETER_NUMBERS}:
         # Somebody else's entries, saved before the first step.
         return local
     # The reference counts steps by group only: a parameter with state has had at least one.
-    local.setdefault("step", float(max(int(group["k"]) - 1, 1)))
-    check_state(shard, local, group)
+    local.setdefault("step", float(max(group["k"] - method.numbers["k"], 1)))
+    check_state(method, shard, local, group)
     return local
 
 
-def needed_state(shape: Sequence[int], group: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the tensors that a parameter of a shape needs to go on in a group."""
-    first = "z" if group["use_schedulefree"] else "exp_avg"
-    factors = group["factored"] and not group["use_focus"] and factoring(shape) is not None
-    frozen = 0 < group["prodigy_steps"] <= group["k"]
-    samples = () if frozen else SAMPLED[:1] if group["use_speed"] else SAMPLED
-    return first, *(WHOLE if factors else ("exp_avg_sq",)), *samples
-
-
-def check_state(shard: Shard, local: dict[str, Any], group: Mapping[str, Any]) -> None:
+def check_state(method: Method, shard: Shard, local: dict[str, Any], group: Mapping[str, Any]) -> None:
     """Check the state of a parameter in its local form, and make its numbers Python's own.
 
     Points and their averages may hold what the weights held; moments and sums never take in what is not finite.
@@ -234,30 +224,29 @@ def check_state(shard: Shard, local: dict[str, Any], group: Mapping[str, Any]) -
     Raises:
         ValueError: a tensor is missing, of another shape, or not finite, or a number is out of range.
     """
-    for name in needed_state(shard.shape, group):
-        if name not in local:
-            raise ValueError(f"there is no {name!r}")
-    for name in LIKE_PARAMETER:
-        if name in local:
-            _check_shape(name, local[name], shard.weights().shape)
+    switches = method.switches_now(group)
+    for entry in needed(switches, shard.shape):
+        if entry.name not in local:
+            raise ValueError(f"there is no {entry.name!r}")
     axes = factoring(shard.shape)
-    for name, shape in zip(WHOLE, (axes.row_shape, axes.col_shape) if axes else (), strict=False):
-        if name in local:
-            _check_shape(name, local[name], shape)
-    # Under FOCUS the second moment is an average of weights.
-    squares = () if group["use_focus"] else MOMENTS
-    for name in ("exp_avg", *squares, "s"):
-        value = local.get(name)
-        if value is None or not value.numel() or value.is_meta:
+    shapes = dict(zip(WHOLE, (axes.row_shape, axes.col_shape), strict=True)) if axes else {}
+    for entry in TENSORS:
+        value = local.get(entry.name)
+        if value is None:
             continue
-        least, most = value.aminmax()
-        if not (least.isfinite() and most.isfinite()):
-            raise ValueError(f"{name} is not finite everywhere")
-        if name in squares and least < 0:
-            raise ValueError(f"{name} is a mean of squares, but {float(least)} somewhere")
+        if entry.lies is Lies.LIKE_PARAMETER or entry.name in shapes:
+            _check_shape(entry.name, value, shapes.get(entry.name, shard.weights().shape))
+        # Under FOCUS the second moment is an average of weights.
+        holds = Holds.POINT if switches.focus and entry.holds is Holds.SQUARES else entry.holds
+        if holds is not Holds.POINT and value.numel() and not value.is_meta:
+            least, most = value.aminmax()
+            if not (least.isfinite() and most.isfinite()):
+                raise ValueError(f"{entry.name} is not finite everywhere")
+            if holds is Holds.SQUARES and least < 0:
+                raise ValueError(f"{entry.name} is a mean of squares, but {float(least)} somewhere")
     for name in PARAMETER_NUMBERS:
         number = plain(local.get(name, 0.0))
-        if not isinstance(number, (int, float)) or not math.isfinite(number) or (number < 0 and name != _SIGNED):
+        if not isinstance(number, (int, float)) or not math.isfinite(number) or (number < 0 and name != SIGNED):
             raise ValueError(f"{name}={number!r} is out of range: allowed is a finite number >= 0")
         if name in local:
             local[name] = float(number)

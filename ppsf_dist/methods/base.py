@@ -1,0 +1,304 @@
+"""What an optimizer is: the face of a method towards the engine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from enum import IntEnum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ppsf_dist.methods.rules import NOT_NEGATIVE, SWITCH, Rule, check_lr, checked, integer, shown
+from ppsf_dist.methods.switches import Switches
+
+Group = dict[str, Any]
+
+_A_TYPO = 0.85
+"""How like an argument a key must be to be taken for it: weight_decay_mult (0.83) may be meant, use_sped (0.94) not."""
+
+
+class Cause(IntEnum):
+    """Why a step changes nothing. Some of them count as skipped."""
+
+    NOTHING = 0
+    NUMBER = 1
+    """A number of a group is not finite."""
+    WEIGHTS = 2
+    """Weights or state are not finite."""
+    GRADIENT = 3
+    """A gradient is not finite, or its square is not in fp32."""
+    FAILURE = 4
+    """A rank could not step, or has another plan."""
+
+
+class Parameters(Protocol):
+    """What the numbers of a step know of the parameters of a plan: vectors over them, on the device.
+
+    Attributes:
+        group_of: the group of each.
+        updates: how many updates each has had.
+        adopt_first: whether this is the first step of one that ADOPT steps.
+        focus_fixed, momentum_of_d: see :class:`ppsf_dist.part_numbers.Traits`.
+    """
+
+    group_of: Tensor
+    updates: Tensor
+    adopt_first: Tensor
+    focus_fixed: Tensor
+    momentum_of_d: Tensor
+
+
+class GroupTable(Protocol):
+    """The adaptive numbers of all groups on the device (:class:`ppsf_dist.scalars.GroupNumbers`)."""
+
+    values: Tensor
+    rows: tuple[str, ...]
+    hyper_table: Tensor
+
+    def __getitem__(self, name: str) -> Tensor: ...
+
+    def hyper(self, groups: Sequence[Group]) -> dict[str, Tensor]: ...
+
+
+class StepNumbers(ABC):
+    """The numbers of one step that belong to a group: what it starts with, and what its parts add up to.
+
+    A method's subclass sets :attr:`delta`, :attr:`c` and :attr:`q`, vectors over groups in fp64.
+
+    Attributes:
+        delta: length of the step.
+        c: share of z in the new average.
+        q: share of the step that y takes at once.
+        adapts: whether the sums of a group still count (bool).
+        totals: the sums of the parts so far, rows by groups: numerator, denominator, whether anything moved, and the
+            :class:`Cause` of a part that changed nothing.
+        unsound: how many groups have a number that is not finite.
+    """
+
+    delta: Tensor
+    c: Tensor
+    q: Tensor
+
+    def __init__(self, numbers: GroupTable, groups: Sequence[Group], seed: int) -> None:
+        self._numbers, self._groups, self.seed = numbers, groups, seed
+        self.hyper = numbers.hyper(groups)
+        self.k = numbers["k"].clone()
+        self.adapts = torch.ones_like(self.k, dtype=torch.bool)
+        self.totals = torch.zeros(4, len(groups), dtype=torch.float64, device=self.k.device)
+        self.unsound = (~(numbers.hyper_table.isfinite().all(0) & self._is_sound())).sum()
+        self._after: Tensor | None = None
+
+    def _is_sound(self) -> Tensor:
+        """Whether each group's adaptive numbers are finite."""
+        return self._numbers.values.isfinite().all(0)
+
+    def coefficients(self, of: Parameters) -> dict[str, Tensor]:
+        """The numbers that scale the formulas, by name: vectors over parameters.
+
+        These are those of Schedule-Free; what else its formulas need a method adds.
+        """
+        group, h = of.group_of, self.hyper
+        decay, delta = h["weight_decay"][group], self.delta[group]
+        return {
+            "delta": delta,
+            "c": self.c[group],
+            "q": self.q[group],
+            "beta1": h["beta1"][group],
+            "weight_decay": decay,
+            "keep": 1 - decay * delta,
+        }
+
+    def contributions(self, stats: Tensor, of: Any, counted: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        """Each parameter's share in the numerator and denominator of its group's step size.
+
+        Args:
+            stats: sums of all ranks, parameters by :class:`ppsf_dist.methods.sums.Stat`.
+            of: the parameters.
+            counted: bool vector over parameters: those that count.
+            after: the numbers of the parameters after the step; what the method remembers of one goes in here.
+        """
+        zero = torch.zeros_like(stats[:, 0])
+        return zero, zero
+
+    def commit(self) -> None:
+        """The numbers after the step. Only the count of causes if it was void.
+
+        An exception leaves them as they were, or as they will be: call it again to bring it to its end.
+        """
+        if self._after is None:
+            self._after = self._numbers_after()
+        self._numbers.values.copy_(self._after)
+
+    def _numbers_after(self) -> Tensor:
+        rows, after = self._numbers.rows, self._numbers.values.clone()
+        _, _, moved, cause = self.totals
+        ok = (cause == Cause.NOTHING).all()
+
+        def put(name: str, value: Tensor, where: Tensor) -> Tensor:
+            row = after[rows.index(name)]
+            return row.copy_(torch.where(where & ok, value, row))
+
+        self._adapt(put, moved > 0)
+        after[rows.index("k")].add_(ok)
+        after[rows.index("skipped_steps")].add_((cause == Cause.GRADIENT) | (cause == Cause.NUMBER))
+        after[rows.index("failures")].add_(cause == Cause.FAILURE)
+        void = after[rows.index("cause")]
+        void.copy_(torch.where(ok, void, cause))
+        return after
+
+    @abstractmethod
+    def _adapt(self, put: Callable[[str, Tensor, Tensor], Tensor], moved: Tensor) -> None:
+        """Put the adaptive numbers after the step.
+
+        Args:
+            put: ``put(name, value, where)`` sets a number of the groups in ``where``, and returns all of them.
+            moved: bool vector over groups: a parameter of it has moved.
+        """
+
+
+class Method(ABC):
+    """What an optimizer is. One object serves all optimizers of a class: it holds no state of a run.
+
+    Attributes:
+        name: of the class that a person constructs.
+        arguments: of a group, with their defaults.
+        wide: arguments that belong to the whole optimizer, so all groups must agree on them.
+        rules: what arguments allow that are one number or switch each; lr has its own.
+        numbers: the adaptive numbers of a group, with their start.
+        number_rules: what those allow.
+        hyper: numbers that are read from a group's arguments at each step (:meth:`hyper_row` fills them).
+        structural: arguments that decide which state there is: a checkpoint made with other ones does not fit.
+        foreign: what the reference keeps in groups and state for itself and nothing here needs.
+        interpolation: the argument that is beta1, as messages name it.
+        step_numbers: the numbers of one step.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+    wide: tuple[str, ...] = ()
+    rules: Mapping[str, Rule]
+    numbers: Mapping[str, float]
+    number_rules: Mapping[str, Rule]
+    hyper: tuple[str, ...]
+    structural: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+    interpolation: str
+    step_numbers: type[StepNumbers]
+    first_lr: Rule = NOT_NEGATIVE
+
+    @abstractmethod
+    def switches(self, group: Mapping[str, Any]) -> Switches:
+        """Which formulas a validated group runs."""
+
+    def switches_now(self, group: Mapping[str, Any]) -> Switches:
+        """The same at this step: without statistics once the group's step size is frozen."""
+        switches = self.switches(group)
+        return replace(switches, statistics=switches.statistics and not self.is_frozen(group))
+
+    @abstractmethod
+    def hyper_row(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+        """The arguments of a group as numbers, in the order of :attr:`hyper`."""
+
+    @abstractmethod
+    def beta1(self, group: Mapping[str, Any]) -> float:
+        """Interpolation of Schedule-Free between z and x."""
+
+    def is_frozen(self, group: Mapping[str, Any]) -> bool:
+        """Whether the step size of a group no longer adapts."""
+        return False
+
+    def initial_numbers(self, group: Mapping[str, Any]) -> Group:
+        """The adaptive numbers of a new group, as plain numbers."""
+        return {**self.numbers, "k": int(self.numbers["k"]), "skipped_steps": 0}
+
+    def plain_number(self, name: str, value: float) -> float | int | None:
+        """An adaptive number as ``param_groups`` show it."""
+        return int(value) if name in ("k", "skipped_steps") else value
+
+    def validate_group(self, group: MutableMapping[str, Any], *, lr_may_be_zero: bool = True) -> None:
+        """Check the arguments of one parameter group, and make them Python's own numbers.
+
+        Args:
+            group: the group's arguments; changed in place.
+            lr_may_be_zero: false for the constructor's ``lr``. A group may pause at 0, and schedules may reach it.
+
+        Raises:
+            ValueError: an argument is out of range. The message names it, its value and what is allowed.
+        """
+        check_lr(group, NOT_NEGATIVE if lr_may_be_zero else self.first_lr)
+        for name, rule in self.rules.items():
+            group[name] = checked(name, group[name], rule)
+
+    def validate_numbers(self, group: MutableMapping[str, Any]) -> None:
+        """Check what a parameter group has learned in a run, and make it Python's own numbers. Arguments come first.
+
+        Raises:
+            ValueError: a number is out of range. The message names it, its value and what is allowed.
+        """
+        for name, rule in {**self.number_rules, "skipped_steps": integer(0), "train_mode": SWITCH}.items():
+            group[name] = checked(name, group[name], rule)
+
+    def settle(self, group: MutableMapping[str, Any]) -> list[str]:
+        """Switch off what another switch of a validated group excludes.
+
+        Returns:
+            What a person should know of: what was switched off, and what is allowed but seldom meant.
+        """
+        return []
+
+    def refuse_unknown(self, group: Mapping[str, Any], elsewhere: Iterable[str]) -> None:
+        """Refuse a key of a parameter group that is an argument misspelt, or one of the whole optimizer.
+
+        Other keys are a person's own (``name``), or a scheduler's (``initial_lr``), and stay where they are.
+
+        Args:
+            group: as it was given.
+            elsewhere: names of arguments that only the constructor takes.
+
+        Raises:
+            ValueError: the message names the key and what to write in its place.
+        """
+        known = {*self.arguments, *self.numbers, "train_mode", "params", "param_names", "state_version"}
+        for name in group:
+            if name in elsewhere:
+                raise ValueError(
+                    f"{name}={shown(group[name])} stands in a parameter group, but it belongs to the whole optimizer: "
+                    f"give it to the constructor, {self.name}(..., {name}=)"
+                )
+            meant = [] if name in known else get_close_matches(str(name), self.arguments, n=1, cutoff=_A_TYPO)
+            if meant:
+                raise ValueError(
+                    f"{name}={shown(group[name])} in a parameter group is no argument: did you mean {meant[0]}? A key "
+                    "of your own may have any name that is less like one"
+                )
+
+    def validate_together(self, groups: Sequence[Group]) -> None:
+        """Check that the groups of one optimizer agree where they must.
+
+        Raises:
+            ValueError: two groups differ in an argument that belongs to the whole optimizer.
+        """
+        self._agree(groups, self.wide, "of the whole optimizer: give all groups the same value")
+
+    @staticmethod
+    def _agree(groups: Sequence[Group], names: Sequence[str], why: str) -> None:
+        for name in names:
+            for index, group in enumerate(groups[1:], start=1):
+                if group[name] != groups[0][name]:
+                    raise ValueError(
+                        f"{name} is {groups[0][name]!r} in group 0 and {group[name]!r} in group {index}, but it is a "
+                        f"property {why}"
+                    )
+
+    def refuse_foreign(self, group: Mapping[str, Any], where: str) -> None:
+        """Refuse a group of a checkpoint that another optimizer has made.
+
+        Raises:
+            ValueError: the message says what it lacks.
+        """
+        if "k" not in group:
+            raise ValueError(f"{where} has no 'k': it was not made by {self.name}")

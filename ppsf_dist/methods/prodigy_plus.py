@@ -1,0 +1,352 @@
+"""The method of ProdigyPlusScheduleFree: Prodigy's d, Schedule-Free's average, factored moments, SPEED.
+
+Names, order and defaults of the arguments are those of prodigy-plus-schedule-free 2.0.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppsf_dist.algorithm import averaging, second_moment, step_size
+from ppsf_dist.algorithm.step_size import SpeedState, StepSize, StepSizeRule
+from ppsf_dist.methods.base import Group, GroupTable, Method, Parameters, StepNumbers
+from ppsf_dist.methods.rules import (
+    ANY,
+    DECAY,
+    FP32,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SWITCH,
+    Rule,
+    checked,
+    integer,
+    or_none,
+)
+from ppsf_dist.methods.sums import Stat
+from ppsf_dist.methods.switches import Switches
+
+_AN_ORDINARY_LEARNING_RATE = 0.01
+
+ARGUMENTS: dict[str, Any] = {
+    "lr": 1.0,
+    "betas": (0.9, 0.99),
+    "beta3": None,
+    "weight_decay": 0.0,
+    "weight_decay_by_lr": True,
+    "d0": 1e-6,
+    "d_coef": 1.0,
+    "d_limiter": True,
+    "prodigy_steps": 0,
+    "schedulefree_c": 0,
+    "eps": 1e-8,
+    "split_groups": True,
+    "split_groups_mean": False,
+    "factored": True,
+    "factored_fp32": True,
+    "use_bias_correction": False,
+    "use_stableadamw": True,
+    "use_schedulefree": True,
+    "use_speed": False,
+    "stochastic_rounding": True,
+    "fused_back_pass": False,
+    "use_cautious": False,
+    "use_grams": False,
+    "use_adopt": False,
+    "use_orthograd": False,
+    "use_focus": False,
+}
+"""Defaults of a group, in the order of the reference's signature."""
+
+POOLED = ("d0", "beta3", "d_coef", "d_limiter", "prodigy_steps", "use_speed")
+"""With ``split_groups=False`` one step size serves all groups: these belong to it, so all groups must agree on them."""
+
+_BOOLEANS = (*(name for name, default in ARGUMENTS.items() if isinstance(default, bool)), "reference_quirks")
+_HYPER_SWITCHES = ("d_limiter", "use_speed", "use_bias_correction", "use_schedulefree", "weight_decay_by_lr")
+
+
+class ProdigyPlusNumbers(StepNumbers):
+    """The numbers of one step: the length d * lr, RAdam's rectification, and d after it."""
+
+    def __init__(self, numbers: GroupTable, groups: Sequence[Group], seed: int) -> None:
+        super().__init__(numbers, groups, seed)
+        h, self.d = self.hyper, numbers["d"].clone()
+        shared = numbers["shared_d"]
+        delta = torch.where(shared > 0, shared, self.d) * h["lr"]
+        radam_beta2, rectification = second_moment.radam(self.k, h["beta2"])
+        corrects = h["use_bias_correction"] > 0
+        self.beta2 = torch.where(corrects, radam_beta2, h["beta2"])
+        self.delta = torch.where(corrects, delta * rectification, delta)
+        self.c, self.q, self._weight_sum = averaging.averaging_weight(
+            self.delta, numbers["weight_sum"], h["beta1"], h["schedulefree_c"]
+        )
+        self.adapts = (h["prodigy_steps"] == 0) | (self.k < h["prodigy_steps"])
+
+    def _is_sound(self) -> Tensor:
+        return self._numbers["d"].isfinite()
+
+    def coefficients(self, of: Parameters) -> dict[str, Tensor]:
+        h, group = self.hyper, of.group_of
+        d, beta1, decay = self.d[group], h["beta1"][group], h["weight_decay"][group]
+        # ADOPT's first step, of the group or of a parameter that comes late, only sets the second moment.
+        beta2 = torch.where(of.adopt_first, 0.0, self.beta2[group])
+        one = torch.ones_like(d)
+        return super().coefficients(of) | {
+            "d": d,
+            "d_eps": d * h["eps"][group],
+            "momentum_weight": (1 - beta1) * torch.where(of.momentum_of_d, d, one),
+            "beta2": beta2,
+            "square_weight": (1 - beta2) * torch.where(of.focus_fixed, one, d * d),
+            "focus_correction": torch.where(of.focus_fixed, 1 / (1 - beta2 ** (of.updates + 1)), one),
+            "clamp": self.k[group] ** 0.25,
+            "keep": 1 - decay * torch.where(h["weight_decay_by_lr"][group] > 0, self.delta[group], one),
+            "beta3": h["beta3"][group],
+            "s_weight": step_size.prodigy_weight(self.d, h["d0"])[group],
+        }
+
+    def contributions(self, stats: Tensor, of: Any, counted: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        h, group = self.hyper, of.group_of
+        weight = step_size.prodigy_weight(self.d, h["d0"])[group]
+
+        def as_stored(sums: Tensor, rounds: Tensor) -> Tensor:
+            return torch.where(rounds, sums.bfloat16().double(), sums)
+
+        zero = torch.zeros_like(stats[:, Stat.DOT])
+        dot = as_stored(stats[:, Stat.DOT], of.rounds_samples)
+        numerator, denominator = weight * dot, as_stored(stats[:, Stat.S_L1], of.rounds_s)
+        if of.any_speed:
+            speed = (h["use_speed"] > 0)[group]
+            state, speed_numerator, speed_denominator = step_size.speed_contribution(
+                SpeedState(*after[1:].clone()),
+                dot,
+                as_stored(stats[:, Stat.DELTA_L1], of.rounds_samples),
+                as_stored(stats[:, Stat.DELTA_SQUARE].sqrt(), of.rounds_samples),
+                self.k[group],
+                weight,
+            )
+            for row, value in zip(after[1:], vars(state).values(), strict=True):
+                row.copy_(torch.where(counted & speed, value, row))
+            numerator = torch.where(speed, speed_numerator, numerator)
+            denominator = torch.where(speed, speed_denominator, denominator)
+        return torch.where(counted, numerator, zero), torch.where(counted, denominator, zero)
+
+    def _adapt(self, put: Callable[[str, Tensor, Tensor], Tensor], moved: Tensor) -> None:
+        h, first = self.hyper, self._groups[0]
+        pooled = not first["split_groups"]
+        adapts = self.adapts[:1].expand_as(self.d) if pooled else self.adapts
+        everywhere = torch.ones_like(adapts)
+        d = self.d
+        for name, value in vars(self._adapted(pooled)).items():
+            after = put(name, value, adapts)
+            d = after if name == "d" else d
+        put("d_prev", self.d, adapts)
+        averages = h["use_schedulefree"] > 0
+        put("weight_sum", self._weight_sum, moved & averages)
+        put("effective_lr", torch.where(averages, h["lr"] * self.q, h["lr"]), moved | ~averages)
+        if first["split_groups"] and first["split_groups_mean"]:
+            put("shared_d", step_size.harmonic_mean(d).expand_as(d), everywhere)
+
+    def _adapted(self, pooled: bool) -> StepSize:
+        """The step size after the step; with one for all groups, group 0's arguments and the sums of all."""
+        h = self.hyper
+        numerator, denominator = self.totals[0], self.totals[1]
+        if pooled:
+            numerator, denominator = (x.sum().expand_as(x) for x in (numerator, denominator))
+        history = (self._numbers[n] for n in ("d_numerator", "d_denom", "prev_d_numerator", "max_d_numerator"))
+        rule = StepSizeRule(
+            beta3=h["beta3"],
+            d0=h["d0"],
+            d_coef=h["d_coef"],
+            d_limiter=h["d_limiter"] > 0,
+            use_speed=h["use_speed"] > 0,
+            quirks=self._groups[0]["reference_quirks"],
+        )
+        new = step_size.adapted(StepSize(self.d, *history), numerator, denominator, rule)
+        return StepSize(*(value[:1].expand_as(value) for value in vars(new).values())) if pooled else new
+
+
+class ProdigyPlus(Method):
+    """What ProdigyPlusScheduleFree is."""
+
+    name = "ProdigyPlusScheduleFree"
+    arguments = {**ARGUMENTS, "reference_quirks": True}
+    wide = ("split_groups", "split_groups_mean", "fused_back_pass", "reference_quirks")
+    rules = {
+        "beta3": or_none(DECAY, "None or 0 <= beta3 < 1"),
+        "d0": POSITIVE,
+        "d_coef": POSITIVE,
+        "weight_decay": NOT_NEGATIVE,
+        "schedulefree_c": NOT_NEGATIVE,
+        "prodigy_steps": integer(0),
+        "eps": or_none(POSITIVE, "a number > 0, or None for the atan2 form, which has no epsilon"),
+        **{name: SWITCH for name in _BOOLEANS},
+    }
+    numbers = {
+        "d": 0.0,
+        "d_prev": 0.0,
+        "d_numerator": 0.0,
+        "d_denom": 0.0,
+        "prev_d_numerator": 0.0,
+        "max_d_numerator": 0.0,
+        "weight_sum": 0.0,
+        "effective_lr": 1.0,
+        "shared_d": 0.0,
+        "k": 1.0,
+        "skipped_steps": 0.0,
+    }
+    number_rules = {
+        "d": POSITIVE,
+        "d_prev": POSITIVE,
+        "d_numerator": ANY,
+        "d_denom": NOT_NEGATIVE,
+        "prev_d_numerator": ANY,
+        "max_d_numerator": ANY,
+        "weight_sum": NOT_NEGATIVE,
+        "effective_lr": NOT_NEGATIVE,
+        "shared_d": or_none(POSITIVE, "None or a finite number > 0"),
+        "k": integer(1),
+    }
+    hyper = (
+        "lr", "beta1", "beta2", "beta3", "weight_decay", "d0", "d_coef", "eps", "prodigy_steps", "schedulefree_c",
+        *_HYPER_SWITCHES,
+    )  # fmt: skip
+    structural = ("use_schedulefree", "use_speed", "use_focus", "factored", "factored_fp32")
+    foreign = ("optimiser_version", "running_d_numerator", "running_d_denom", "exp_avg_sq_metadata")
+    interpolation = "betas[0]"
+    step_numbers = ProdigyPlusNumbers
+    first_lr = Rule("a finite number > 0 (1.0 unless you scale d)", POSITIVE.fits)
+
+    def switches(self, group: Mapping[str, Any]) -> Switches:
+        return Switches(
+            schedulefree=group["use_schedulefree"],
+            second_moment=True,
+            factored=group["factored"] and not group["use_focus"],
+            factored_fp32=group["factored_fp32"],
+            statistics=True,
+            prodigy_steps=group["prodigy_steps"],
+            speed=group["use_speed"],
+            weight_decay=group["weight_decay"] != 0,
+            weight_decay_by_lr=group["weight_decay_by_lr"],
+            atan2=group["eps"] is None,
+            stableadamw=group["use_stableadamw"],
+            stochastic_rounding=group["stochastic_rounding"],
+            cautious=group["use_cautious"],
+            grams=group["use_grams"],
+            adopt=group["use_adopt"],
+            orthograd=group["use_orthograd"],
+            focus=group["use_focus"],
+            quirks=group["reference_quirks"],
+        )
+
+    def hyper_row(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+        beta1, beta2 = group["betas"]
+        beta3 = beta2**0.5 if group["beta3"] is None else group["beta3"]
+        numbers = {**group, "beta1": beta1, "beta2": beta2, "beta3": beta3, "eps": group["eps"] or 0.0}
+        return tuple([float(numbers[name]) for name in self.hyper])
+
+    def beta1(self, group: Mapping[str, Any]) -> float:
+        return float(group["betas"][0])
+
+    def is_frozen(self, group: Mapping[str, Any]) -> bool:
+        return bool(group["prodigy_steps"] > 0 and group["k"] >= group["prodigy_steps"])
+
+    def initial_numbers(self, group: Mapping[str, Any]) -> Group:
+        d0 = float(group["d0"])
+        start = {"d": d0, "d_prev": d0, "effective_lr": float(group["lr"]), "shared_d": None}
+        return super().initial_numbers(group) | start
+
+    def plain_number(self, name: str, value: float) -> float | int | None:
+        return None if name == "shared_d" and value == 0 else super().plain_number(name, value)
+
+    def validate_group(self, group: MutableMapping[str, Any], *, lr_may_be_zero: bool = True) -> None:
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"betas={betas!r} is out of range: allowed is a pair (beta1, beta2)")
+        group["betas"] = tuple(checked(f"betas[{index}]", beta, DECAY) for index, beta in enumerate(betas))
+        super().validate_group(group, lr_may_be_zero=lr_may_be_zero)
+        _check_step_size("d0", group)
+
+    def validate_numbers(self, group: MutableMapping[str, Any]) -> None:
+        super().validate_numbers(group)
+        _check_step_size("d", group)
+
+    def validate_together(self, groups: Sequence[Group]) -> None:
+        super().validate_together(groups)
+        if not groups[0]["split_groups"]:
+            why = "of the one step size of all groups: give all groups the same value, or split_groups=True"
+            self._agree(groups, POOLED, why)
+
+    def refuse_foreign(self, group: Mapping[str, Any], where: str) -> None:
+        if "d" not in group or "k" not in group:
+            raise ValueError(
+                f"{where} has no 'd' or 'k': it was not made by this optimizer or by prodigy-plus-schedule-free 2.x"
+            )
+        if "prev_d_numerator" not in group:
+            raise ValueError(
+                f"{where} has no 'prev_d_numerator': it was made by prodigy-plus-schedule-free 1.x, whose statistics "
+                "mean something else; start a new run from the weights"
+            )
+
+    def settle(self, group: MutableMapping[str, Any]) -> list[str]:
+        said: list[str] = []
+
+        def off(name: str, reason: str) -> None:
+            group[name] = False
+            said.append(f"{name}=True has no effect and is switched off: {reason}")
+
+        if 0 < group["lr"] <= _AN_ORDINARY_LEARNING_RATE:
+            said.append(
+                f"lr={group['lr']} looks like the learning rate of another optimizer: here it multiplies the step "
+                "size d that this one finds, so leave it at 1.0"
+            )
+        if group["use_cautious"] and group["use_grams"]:
+            off("use_grams", "use_cautious=True decides the mask")
+        if group["use_focus"] and group["factored"]:
+            off(
+                "factored",
+                "use_focus=True averages weights, which do not factor; pass factored=False to say so yourself",
+            )
+        if group["use_focus"] and group["eps"] is None:
+            said.append("eps=None (atan2) has no effect with use_focus=True, which divides by nothing")
+        if group["eps"] is None and group["use_stableadamw"]:
+            off("use_stableadamw", "eps=None (atan2) bounds the update already")
+        if group["use_speed"] and group["weight_decay"] > 0:
+            said.append("use_speed=True with weight_decay > 0 can let d grow without bound; watch d")
+        beta1, beta2 = group["betas"]
+        if group["use_schedulefree"] and beta1 == 0:
+            said.append(
+                "betas[0]=0 with use_schedulefree=True trains on z itself: the average x is lost and eval() will raise"
+            )
+        if group["use_bias_correction"] and beta2 <= 0.6:
+            said.append(
+                f"use_bias_correction=True with betas[1]={beta2} <= 0.6 never moves: RAdam's rectification stays 0"
+            )
+        if group["d_coef"] < 2**-0.25 and group["d_limiter"] and not group["use_speed"] and group["reference_quirks"]:
+            said.append(
+                f"d_coef={group['d_coef']} below 2**-0.25 with d_limiter=True: d can never grow, because the reference "
+                "limits d before it multiplies by d_coef; pass d_limiter=False or reference_quirks=False"
+            )
+        return said
+
+
+def _check_step_size(name: str, group: Mapping[str, Any]) -> None:
+    """Refuse a step size with which the fp32 numbers of a step overflow, or lose digits as they come near to zero."""
+    value, d0, beta2, eps = group[name], group["d0"], group["betas"][1], group["eps"]
+    # Of d0 itself the third number, its power of 1.5, is within fp32 wherever its square is.
+    root = math.sqrt(d0) if name == "d" else 1.0
+    least = math.sqrt(FP32.tiny * max(1 / (1 - beta2), root))
+    most = math.sqrt(FP32.max * min(1.0, root))
+    least, most = max(least, FP32.tiny / (eps or 1)), min(most, FP32.max / (eps or 1))
+    if not least <= value <= most:
+        raise ValueError(
+            f"{name}={value!r} is out of range: with betas[1]={beta2}, eps={eps} and d0={d0} allowed is {least:.2g} <= "
+            f"{name} <= {most:.2g}, where {name}**2 * (1 - betas[1]), {name}**2 / sqrt(d0) and {name} * eps are normal "
+            "numbers of fp32"
+        )
+
+
+PRODIGY_PLUS = ProdigyPlus()

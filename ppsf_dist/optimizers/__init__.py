@@ -1,0 +1,1 @@
+"""What a person constructs: one short file for each class."""

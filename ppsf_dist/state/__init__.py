@@ -1,0 +1,1 @@
+"""The one inventory of state, and the form in which checkpoints keep it."""
