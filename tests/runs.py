@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import ppsf_dist
 from ppsf_dist import ProdigyPlusScheduleFree
+from ppsf_dist.optimizers.base import DistributedOptimizer
 from tests.harness.counting import count_collectives
 from tests.harness.layouts import LAYOUTS, Layout, gather, set_grads, shard_parameters
 from tests.harness.models import D0, NamedShapes, gradient_sequence, initial_weights
@@ -29,7 +31,7 @@ class Run:
     asynchronous: int = 0
 
     def numbers(self, name: str) -> list[list[float]]:
-        return [[group[name] for group in groups] for groups in self.groups]
+        return [[group[name] for group in groups if name in group] for groups in self.groups]
 
 
 def make_groups(parameters: dict[str, Any], count: int) -> list[dict[str, Any]]:
@@ -45,6 +47,12 @@ def make_optimizer(parameters: dict[str, Any], groups: int = 1, **switches: Any)
         return ProdigyPlusScheduleFree(make_groups(parameters, groups), **{"d0": D0, **switches})
 
 
+def make_other(name: str, parameters: dict[str, Any], groups: int = 1, **arguments: Any) -> DistributedOptimizer:
+    """An optimizer of another class of the package."""
+    made: DistributedOptimizer = getattr(ppsf_dist, name)(make_groups(parameters, groups), **arguments)
+    return made
+
+
 def open_loop(
     layout: Layout,
     shapes: NamedShapes,
@@ -54,12 +62,17 @@ def open_loop(
     dtype: torch.dtype = torch.float32,
     missing: Any = None,
     noisy: bool = False,
+    optimizer_class: str = "ProdigyPlusScheduleFree",
     **switches: Any,
 ) -> Run:
     """Run the optimizer on given gradients on a layout."""
     start = initial_weights(shapes, dtype=dtype)
     parameters = shard_parameters(start, layout)
-    optimizer = make_optimizer(parameters, groups, **switches)
+    optimizer: DistributedOptimizer
+    if optimizer_class == "ProdigyPlusScheduleFree":
+        optimizer = make_optimizer(parameters, groups, **switches)
+    else:
+        optimizer = make_other(optimizer_class, parameters, groups, **switches)
     run = Run(start, {}, {})
     for step, gradients in enumerate(gradient_sequence(shapes, steps, dtype=dtype, missing=missing)):
         set_grads(parameters, with_noise(gradients, step) if noisy else gradients)
@@ -69,7 +82,7 @@ def open_loop(
             # Only the last one: the first also compares parameters between ranks, and counting takes time.
             with count_collectives() as collectives:
                 optimizer.step()
-        optimizer.get_d()
+        assert optimizer.skipped_steps == 0  # Waits for the numbers, too.
         run.groups.append([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
     run.collectives, run.asynchronous = collectives.blocking, collectives.asynchronous
     run.weights = gather(parameters)

@@ -93,11 +93,15 @@ def make_engine(
     dtype: torch.dtype = torch.float32,
     zero_init: bool = False,
     make: Callable[[Any], torch.optim.Optimizer] | None = None,
+    named: bool = False,
     **switches: Any,
 ) -> Any:
-    """The engine of a model with given gradients, its optimizer named in the config, or made by ``make``."""
+    """The engine of a model with given gradients.
+
+    Its optimizer is made by ``make``, or ``named`` in the settings, or a ProdigyPlusScheduleFree with ``switches``.
+    """
     deepspeed = deepspeed_on_cpu()
-    if make is None:
+    if make is None and not named:
         settings = {
             **settings,
             "optimizer": {"type": "ProdigyPlusScheduleFree", "params": {"d0": D0, **switches}},

@@ -1,0 +1,99 @@
+"""Every class of the package under ZeRO: the run of one process, and its checkpoints."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ppsf_dist.deepspeed import load_checkpoint, save_checkpoint
+from tests.deepspeed.engines import config, feed, full_weights, gradients_for, make_engine
+from tests.harness.models import initial_weights, named_shapes
+from tests.harness.pool import run
+from tests.runs import Run, difference, make_other
+
+pytestmark = pytest.mark.deepspeed
+STEPS = 6
+SHAPES = named_shapes("small")
+CLASSES: dict[str, dict[str, Any]] = {"SGDScheduleFree": {"lr": 0.1, "weight_decay": 0.1, "warmup_steps": 3}}
+
+
+@functools.cache
+def single(name: str) -> Run:
+    start = initial_weights(SHAPES)
+    parameters = {key: nn.Parameter(value.clone()) for key, value in start.items()}
+    optimizer = make_other(name, parameters, 2, **CLASSES[name])
+    for gradients in gradients_for(SHAPES, STEPS, torch.float32):
+        for key, parameter in parameters.items():
+            parameter.grad = gradients[key]
+        optimizer.step()
+    numbers = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return Run(start, {key: parameter.detach() for key, parameter in parameters.items()}, {}, [numbers])
+
+
+def engine_of(name: str, stage: int) -> Any:
+    sub_groups = {"sub_group_size": 1000} if stage == 3 else {}
+    settings = config(stage, **sub_groups) | {"optimizer": {"type": name, "params": CLASSES[name]}}
+    return make_engine(SHAPES, settings, groups=2, named=True)
+
+
+def train(engine: Any, first: int, last: int) -> None:
+    for step, gradients in enumerate(gradients_for(SHAPES, STEPS, torch.float32)):
+        if first <= step < last:
+            feed(engine, gradients)
+
+
+def outcome(engine: Any) -> Run:
+    optimizer = engine.basic_optimizer
+    assert optimizer.skipped_steps == 0
+    numbers = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    left = Run({}, full_weights(engine), {}, [numbers])
+    engine.destroy()
+    return left
+
+
+def in_halves(name: str, stage: int, folder: Path, portable: bool) -> Run:
+    """A run that stops in the middle, and goes on in a new engine."""
+    engine = engine_of(name, stage)
+    train(engine, 0, 3)
+    if portable:
+        save_checkpoint(folder, engine)
+    else:
+        engine.save_checkpoint(str(folder), tag="half")
+    engine.destroy()
+    engine = engine_of(name, stage)
+    if portable:
+        load_checkpoint(folder, engine)
+    else:
+        engine.load_checkpoint(str(folder), tag="half")
+    train(engine, 3, STEPS)
+    return outcome(engine)
+
+
+def whole(name: str, stage: int) -> Run:
+    engine = engine_of(name, stage)
+    train(engine, 0, STEPS)
+    return outcome(engine)
+
+
+def check(runs: list[Run], name: str) -> None:
+    for left in runs:
+        assert left.groups == single(name).groups
+        assert difference(left, single(name))["weights"] <= 1e-6
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_stage(name: str, stage: int) -> None:
+    check(run(2, whole, name, stage), name)
+
+
+@pytest.mark.parametrize("portable", [False, True], ids=["deepspeeds", "ours"])
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_run_goes_on_from_its_checkpoint(name: str, stage: int, portable: bool, tmp_path: Path) -> None:
+    check(run(2, in_halves, name, stage, tmp_path, portable), name)
