@@ -14,8 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppsf_dist.adapters import Group, Layout, Part
-from ppsf_dist.kernels.eager import EagerKernels
-from ppsf_dist.kernels.interface import Kernels
 from ppsf_dist.kernels.writes import Writes
 from ppsf_dist.methods.base import Cause, Method, StepNumbers
 from ppsf_dist.plan import Plan
@@ -44,7 +42,6 @@ class Engine(Planner):
 
     def __init__(self, owner: Owner, method: Method, process_group: dist.ProcessGroup | None, seed: int) -> None:
         super().__init__(owner, method, process_group, seed)
-        self.kernels: Kernels = EagerKernels()
         self._open: OpenStep | None = None
         self._torn: str | None = None
 
@@ -162,7 +159,7 @@ class Engine(Planner):
         frozen = [self.method.is_frozen(group) for group in self.groups]
         if plan.frozen != frozen:
             plan.freeze(frozen)
-        step = PartStep(self.kernels, plan, opened.numbers)
+        step = PartStep(plan, opened.numbers)
 
         def conclude() -> None:
             step.write()

@@ -28,6 +28,28 @@ class FactoredSlot:
     col: slice
 
 
+@dataclass(frozen=True)
+class Place:
+    """Elements of the buffer, as a strided view of it would say it: what a kernel is told in place of indices.
+
+    Attributes:
+        start: of the first element.
+        stride: distance between neighbours along each axis, in elements.
+        size: along each axis.
+    """
+
+    start: int
+    stride: tuple[int, ...]
+    size: tuple[int, ...]
+
+    def index(self, device: torch.device) -> Tensor:
+        """The positions one by one, in the shape of :attr:`size`."""
+        index = torch.tensor(self.start, device=device)
+        for stride, n in zip(self.stride, self.size, strict=True):
+            index = index.unsqueeze(-1) + torch.arange(n, device=device) * stride
+        return index
+
+
 class FactoredMoments:
     """The buffer and everything about it that does not change from step to step.
 
@@ -117,17 +139,18 @@ class FactoredMoments:
             mean = rows
         return factors.index_copy_(0, self._rows, second_moment.row_scale(rows, mean))
 
-    def indices(self, slot: int, box: Box) -> tuple[Tensor, Tensor]:
-        """Where the rows and columns that a box touches lie in the buffer, in the box's shape (1 along dr, dc)."""
+    def places(self, slot: int, box: Box) -> tuple[Place, Place]:
+        """Where the rows and the columns that a box touches lie in the buffer, in the box's shape (1 along dr, dc)."""
         placed = self.slots[slot]
         assert placed is not None
         axes = placed.factoring
-        device = self.values.device
 
-        def of(shape: tuple[int, ...], kept: slice, collapsed: int) -> Tensor:
-            offset = tuple(0 if a == collapsed else o for a, o in enumerate(box.offset))
-            size = tuple(1 if a == collapsed else n for a, n in enumerate(box.size))
-            return Box(shape, offset, size).flat_index(device).add_(kept.start).view(size)
+        def of(shape: tuple[int, ...], kept: slice, collapsed: int) -> Place:
+            strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+            offset = [0 if axis == collapsed else start for axis, start in enumerate(box.offset)]
+            size = tuple(1 if axis == collapsed else n for axis, n in enumerate(box.size))
+            first = kept.start + sum(start * stride for start, stride in zip(offset, strides, strict=True))
+            return Place(first, tuple(strides), size)
 
         return of(axes.row_shape, placed.row, axes.dr), of(axes.col_shape, placed.col, axes.dc)
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppsf_dist.algorithm.second_moment import factoring
-from ppsf_dist.algorithm.step_size import SLICE
 from ppsf_dist.host import HostAccess, PendingCopy
+from ppsf_dist.kernels.interface import Kernels, Passes
 from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
 from ppsf_dist.moments import FactoredMoments
@@ -23,7 +23,7 @@ from ppsf_dist.refusals import refuse_gradient, refuse_reshaped, refuse_weights
 from ppsf_dist.sharding import Shard, Team
 from ppsf_dist.sharding.slots import SlotTable
 from ppsf_dist.state.inventory import PARAMETER_NUMBERS, SAMPLED, Entry, Holds, Lies, needed, numbers_of
-from ppsf_dist.work import Work, plan_work, sample_count, sample_indices
+from ppsf_dist.state.samples import sample_count, samples_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +31,12 @@ State = dict[Tensor, dict[str, Any]]
 
 
 class Plan:
-    """Shards, their slots, the flat buffers, and the work for the kernels.
+    """Shards, their slots, the flat buffers, and what the kernels have prepared for them.
 
     Building one creates state where it is missing and compares parameters and arguments between ranks; both wait.
 
     Args:
+        kernels: what computes the passes.
         shards: the local shards of all trainable parameters, in the order of ``param_groups``.
         groups_of: the group of each shard.
         table: the logical parameters as all ranks have agreed on them.
@@ -52,6 +53,7 @@ class Plan:
 
     def __init__(
         self,
+        kernels: Kernels,
         shards: Sequence[Shard],
         groups_of: Sequence[int],
         table: SlotTable,
@@ -62,6 +64,7 @@ class Plan:
         state: State,
         signature: Hashable,
     ) -> None:
+        self._kernels = kernels
         self.signature, self.team, self.host, self.shards = signature, team, host, list(shards)
         self.slots, self.slot_of_shard, self.frozen = table.slots, table.of_shard, list(frozen)
         self._groups_of, self._switches = list(groups_of), list(switches)
@@ -80,7 +83,7 @@ class Plan:
         self._state = state
         for shard, index, group in zip(shards, self.slot_of_shard, groups_of, strict=True):
             self._complete_state(shard, index, switches[group], state[shard.param])
-        self.works = self._plan_work(frozen)
+        self.passes = self._prepare(frozen)
         self._first = self._a_state_tensor()
         self._unseen = [
             (shard, slot)
@@ -130,10 +133,10 @@ class Plan:
             if value:
                 row[slot] = value
 
-    def _plan_work(self, frozen: Sequence[bool]) -> list[Work]:
+    def _prepare(self, frozen: Sequence[bool]) -> Passes:
         self.frozen = list(frozen)
         switch_of = [self._as_frozen(self._switches[group], group) for group in self._groups_of]
-        return plan_work(self.shards, self.slot_of_shard, switch_of, self.moments, self._state)
+        return self._kernels.prepare(self.shards, self.slot_of_shard, switch_of, self.moments, self._state)
 
     def _as_frozen(self, switches: Switches, group: int) -> Switches:
         """Switches of a group, without statistics once its step size no longer adapts."""
@@ -148,7 +151,7 @@ class Plan:
             if frozen[group]:
                 for name in SAMPLED:
                     self._state[shard.param].pop(name, None)
-        self.works = self._plan_work(frozen)
+        self.passes = self._prepare(frozen)
 
     def is_current(self) -> bool:
         """Whether the state still holds the tensors that the work looks at. Offloading it and back replaces them."""
@@ -186,8 +189,7 @@ class Plan:
                 refuse_reshaped(shard.weights().shape, shape, self.slots[slot])
             if gradient is not None and _is_odd(gradient, shape):
                 refuse_gradient(gradient, shape, self.slots[slot])
-        for work in self.works:
-            work.read()
+        self.passes.bind()
         present = tuple([gradient is not None for gradient in gradients])
         if self._present is None or self._present[0] != present:
             column = torch.zeros(len(self.slots), dtype=torch.float64)
@@ -199,8 +201,7 @@ class Plan:
 
     def end(self) -> None:
         """Let go of what belongs to the step."""
-        for work in self.works:
-            work.release()
+        self.passes.release()
         for shard in self.shards:
             shard.completed = None
 
@@ -270,15 +271,3 @@ def _initial(entry: Entry, shard: Shard, switches: Switches) -> Tensor:
     if entry.holds is Holds.POINT:
         return weights.detach().clone()
     return torch.zeros_like(weights)
-
-
-def samples_of(shard: Shard, local: Tensor) -> Tensor:
-    """Every 11th element of the logical parameter, as far as it lies in this shard."""
-    parts = [
-        # Of what lies evenly no index has to reach the device.
-        view.reshape(-1)[-box.flat_start % SLICE :: SLICE]
-        if box.is_flat
-        else view.reshape(-1)[sample_indices(box).to(local.device)]
-        for box, view in zip(shard.boxes, shard.views(local), strict=True)
-    ]
-    return torch.cat(parts) if parts else local.new_empty(0)

@@ -20,6 +20,8 @@ from ppsf_dist.adapters import (
     find_team,
 )
 from ppsf_dist.host import HostAccess
+from ppsf_dist.kernels.eager import EagerKernels
+from ppsf_dist.kernels.interface import Kernels
 from ppsf_dist.methods.base import Method
 from ppsf_dist.methods.switches import Switches
 from ppsf_dist.plan import Plan
@@ -62,6 +64,7 @@ class Planner:
 
     def __init__(self, owner: Owner, method: Method, process_group: dist.ProcessGroup | None, seed: int) -> None:
         self._owner, self.method = owner, method
+        self.kernels: Kernels = EagerKernels()
         self.process_group = process_group
         self.seed = seed
         self.given: list[list[Tensor]] = []
@@ -142,7 +145,9 @@ class Planner:
             if self.host is None or self.host.device != shards[0].weights().device:
                 self.host = HostAccess(shards[0].weights().device)
             frozen = [self.method.is_frozen(group) for group in self.groups]
-            plan = Plan(shards, groups_of, table, switches, frozen, team, self.host, self.state, signature)
+            plan = Plan(
+                self.kernels, shards, groups_of, table, switches, frozen, team, self.host, self.state, signature
+            )
             if self.numbers is None or len(self.numbers.published) != len(self.groups):
                 self.numbers = GroupNumbers(self.method, self.groups, self.host)
         except Exception as error:

@@ -6,7 +6,6 @@ from functools import cached_property
 
 from torch import Tensor
 
-from ppsf_dist.kernels.interface import Kernels
 from ppsf_dist.kernels.writes import Writes
 from ppsf_dist.methods.base import Cause, StepNumbers
 from ppsf_dist.methods.sums import Stat
@@ -22,28 +21,28 @@ class PartStep:
     and writing goes on where an exception has ended it, if :meth:`write` is called again.
     """
 
-    def __init__(self, kernels: Kernels, plan: Plan, step: StepNumbers) -> None:
-        self._kernels, self._plan, self._step = kernels, plan, step
+    def __init__(self, plan: Plan, step: StepNumbers) -> None:
+        self._plan, self._step = plan, step
         self._writes = Writes()
         self._unsound_weights: Tensor | None = None
 
     def measure(self) -> None:
         """The upper half of the picture: pass 1, reduce 1, moments, pass 2, reduce 2 (and a third for late masks)."""
-        plan, kernels, reductions = self._plan, self._kernels, self._plan.reductions
+        plan, passes, reductions = self._plan, self._plan.passes, self._plan.reductions
         plan.capture_unseen()
         plan.begin(self._step.unsound)
         coefficients, stats = self.numbers.coefficients, reductions.table.stats
 
-        kernels.pass_1(plan.works, coefficients, self._factors_before, reductions.sums, stats)
+        passes.pass_1(coefficients, self._factors_before, reductions.sums, stats)
         if plan.reduces_sums_early:
             reductions.reduce()
         if plan.needs_norms:
-            kernels.pass_2(plan.works, coefficients, self._factors, stats)
+            passes.pass_2(coefficients, self._factors, stats)
         if plan.needs_norms or not plan.reduces_sums_early:
             reductions.reduce()
         if reductions.masks is not None:
             scales = self.numbers.scales(stats)
-            kernels.count_masks(plan.works, coefficients, self._factors, scales, reductions.masks.stats)
+            passes.count_masks(coefficients, self._factors, scales, reductions.masks.stats)
             reductions.reduce()
 
     def write(self) -> None:
@@ -53,9 +52,7 @@ class PartStep:
         moments, factors, scales, verdict = self._moments, self._factors, self._scales, self.verdict
         writes.restart()
         writes.put(lambda: plan.moments.committed(moments, verdict.gates.moments))
-        self._kernels.pass_3(
-            plan.works, self.numbers.coefficients, factors, scales, verdict.gates, self.numbers.keys, writes
-        )
+        plan.passes.pass_3(self.numbers.coefficients, factors, scales, verdict.gates, self.numbers.keys, writes)
         writes.put(lambda: self.numbers.committed(plan.reductions.table.stats, verdict))
         plan.end()
 

@@ -71,7 +71,7 @@ def held_as_state(optimizer: ProdigyPlusScheduleFree, parameters: list[nn.Parame
         return size(local(optimizer.state[p][name]) for p in parameters for name in names if name in optimizer.state[p])
 
     tables = [v for name, v in vars(plan.moments).items() if isinstance(v, Tensor) and name != "values"]
-    tables += [index for work in plan.works for index in (work.row_index, work.col_index) if index is not None]
+    tables += [index for work in plan.passes.works for index in (work.row_index, work.col_index) if index is not None]
     factored = state("exp_avg_sq_row", "exp_avg_sq_col")
     assert factored == plan.moments.values.nbytes
     return Share(

@@ -7,8 +7,8 @@ import functools
 import pytest
 import torch
 
-from ppsf_dist import work
-from ppsf_dist.work import FEW_LAUNCHES, IN_CACHE, Sizes
+from ppsf_dist.kernels.eager import work
+from ppsf_dist.kernels.eager.work import FEW_LAUNCHES, IN_CACHE, Sizes
 from tests.harness.models import named_shapes
 from tests.runs import SINGLE, Run, difference, open_loop
 from tests.switches import EVERY, Switch

@@ -1,16 +1,18 @@
-"""What the three passes read and what they return. Every backend implements :class:`Kernels`."""
+"""What a backend of kernels is given and what it computes. Every backend implements :class:`Kernels`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ppsf_dist.kernels.writes import Writes
-from ppsf_dist.work import Work
+from ppsf_dist.methods.switches import Switches
+from ppsf_dist.moments import FactoredMoments
+from ppsf_dist.sharding import Shard
 
 
 class Coefficients:
@@ -61,37 +63,55 @@ class Gates:
     known: Sequence[Sequence[bool]] | None
 
 
-class Kernels(Protocol):
-    """The passes. 1 and 2 only read; 3 writes everything.
+class Passes(Protocol):
+    """What a backend has prepared for one plan: the passes over everything in it. 1 and 2 only read; 3 writes.
 
-    Args of each: ``stats`` is the table of sums (parameters by :class:`ppsf_dist.methods.sums.Stat`), added to in
+    Args of the passes: ``stats`` is the table of sums (parameters by :class:`ppsf_dist.methods.sums.Stat`), added to in
     place; ``factors`` is the flat buffer of square roots of the factored moments.
     """
 
-    def pass_1(
-        self, works: Sequence[Work], coefficients: Coefficients, factors: Tensor, sums: Tensor, stats: Tensor
-    ) -> None:
+    def bind(self) -> None:
+        """Look up this step's weights and gradients, which a framework may have replaced since the last."""
+
+    def release(self) -> None:
+        """Let go of the gradients, so that the next backward pass finds their memory free."""
+
+    def pass_1(self, coefficients: Coefficients, factors: Tensor, sums: Tensor, stats: Tensor) -> None:
         """Sums of g^2 by row and column into ``sums`` (flat, fp32), and all sums that need nothing of this step."""
 
-    def pass_2(self, works: Sequence[Work], coefficients: Coefficients, factors: Tensor, stats: Tensor) -> None:
+    def pass_2(self, coefficients: Coefficients, factors: Tensor, stats: Tensor) -> None:
         """Norms of the direction and its angle with the weights."""
 
-    def count_masks(
-        self, works: Sequence[Work], coefficients: Coefficients, factors: Tensor, scales: Tensor, stats: Tensor
-    ) -> None:
+    def count_masks(self, coefficients: Coefficients, factors: Tensor, scales: Tensor, stats: Tensor) -> None:
         """Size of the mask of the schedule-free cautious update."""
 
     def pass_3(
-        self,
-        works: Sequence[Work],
-        coefficients: Coefficients,
-        factors: Tensor,
-        scales: Tensor,
-        gates: Gates,
-        keys: Tensor,
-        writes: Writes,
+        self, coefficients: Coefficients, factors: Tensor, scales: Tensor, gates: Gates, keys: Tensor, writes: Writes
     ) -> None:
         """Write y, z, the elementwise moments and s, through ``writes``: an exception in here is a pause.
 
         Called again with the same arguments it goes on where the exception has ended it.
+        """
+
+
+class Kernels(Protocol):
+    """A backend."""
+
+    def prepare(
+        self,
+        shards: Sequence[Shard],
+        slots: Sequence[int],
+        switches: Sequence[Switches],
+        moments: FactoredMoments,
+        state: Mapping[Tensor, Mapping[str, Any]],
+    ) -> Passes:
+        """Once for a plan: how tensors are cut, where they lie, which formulas run on them.
+
+        Args:
+            shards: the local shards.
+            slots: of each of them its row in the tables of sums and numbers.
+            switches: of each of them.
+            moments: the factored buffer, which knows the parameters that it holds and the places of their rows.
+            state: state tensors of each parameter, laid out like its local weights (``p0`` and ``s``: one value for
+                each sample).
         """

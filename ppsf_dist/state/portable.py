@@ -34,7 +34,7 @@ from ppsf_dist.state.inventory import (
     Lies,
     needed,
 )
-from ppsf_dist.work import sample_indices
+from ppsf_dist.state.samples import sample_indices
 
 STATE_VERSION = 1
 """Of the form of a checkpoint: raised when an older release could not read it."""

@@ -68,13 +68,13 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Kernels:
-    """A point before and after each call of the optimizer's kernels."""
+    """A point before and after each call of the optimizer's kernels, and of what they prepare."""
 
-    def __init__(self, kernels: Any, trap: Trap) -> None:
-        self._kernels, self._trap = kernels, trap
+    def __init__(self, inside: Any, trap: Trap) -> None:
+        self.inside, self._trap = inside, trap
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._kernels, name)
+        value = getattr(self.inside, name)
         if not callable(value):
             return value
 
@@ -82,7 +82,7 @@ class _Kernels:
             self._trap.point(f"before {name}")
             result = value(*args, **kwargs)
             self._trap.point(f"after {name}")
-            return result
+            return _Kernels(result, self._trap) if name == "prepare" else result
 
         return call
 
@@ -104,13 +104,17 @@ def collectives(optimizer: ProdigyPlusScheduleFree, trap: Trap) -> Iterator[None
 
 @contextmanager
 def kernels(optimizer: ProdigyPlusScheduleFree, trap: Trap) -> Iterator[None]:
-    # The one place that knows where an optimizer keeps them.
-    ours = optimizer._engine.kernels
-    optimizer._engine.kernels = _Kernels(ours, trap)  # type: ignore[assignment]
+    # The one place that knows where an optimizer keeps them: what is prepared for the plans there are, and for new ones.
+    engine: Any = optimizer._engine
+    engine.kernels = _Kernels(engine.kernels, trap)
+    for plan in engine.plans.values():
+        plan.passes = _Kernels(plan.passes, trap)
     try:
         yield
     finally:
-        optimizer._engine.kernels = ours
+        engine.kernels = engine.kernels.inside
+        for plan in engine.plans.values():
+            plan.passes = plan.passes.inside
 
 
 @contextmanager

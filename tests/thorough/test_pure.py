@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ppsf_dist.algorithm.step_size import SLICE
 from ppsf_dist.sharding import flat_range
-from ppsf_dist.work import sample_indices
+from ppsf_dist.state.samples import sample_indices
 from tests.harness.layouts import set_grads, shard_parameters
 from tests.harness.models import Shape, gradient_sequence, initial_weights
 from tests.runs import SINGLE, make_optimizer

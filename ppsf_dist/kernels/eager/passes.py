@@ -5,20 +5,24 @@ All arithmetic is fp32 on tiles of shape ``(pieces, *size)``. Scalars come as te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppsf_dist.algorithm import direction, rounding, step_size
 from ppsf_dist.kernels.eager.tile import TileView
+from ppsf_dist.kernels.eager.work import Work, plan_work
 from ppsf_dist.kernels.eager.workspace import Workspace
 from ppsf_dist.kernels.interface import Coefficients, Gates, Scales
 from ppsf_dist.kernels.writes import Write, Writes
 from ppsf_dist.methods.sums import Stat
-from ppsf_dist.work import Work
+from ppsf_dist.methods.switches import Switches
+from ppsf_dist.moments import FactoredMoments
+from ppsf_dist.sharding import Shard
 
 
 class EagerKernels:
@@ -27,10 +31,33 @@ class EagerKernels:
     def __init__(self) -> None:
         self._workspace = Workspace()
 
-    def pass_1(
-        self, works: Sequence[Work], coefficients: Coefficients, factors: Tensor, sums: Tensor, stats: Tensor
-    ) -> None:
-        for work in works:
+    def prepare(
+        self,
+        shards: Sequence[Shard],
+        slots: Sequence[int],
+        switches: Sequence[Switches],
+        moments: FactoredMoments,
+        state: Mapping[Tensor, Mapping[str, Any]],
+    ) -> EagerPasses:
+        return EagerPasses(self._workspace, plan_work(shards, slots, switches, moments, state))
+
+
+class EagerPasses:
+    """Implements :class:`ppsf_dist.kernels.interface.Passes`, work by work and tile by tile."""
+
+    def __init__(self, workspace: Workspace, works: Sequence[Work]) -> None:
+        self._workspace, self.works = workspace, works
+
+    def bind(self) -> None:
+        for work in self.works:
+            work.read()
+
+    def release(self) -> None:
+        for work in self.works:
+            work.release()
+
+    def pass_1(self, coefficients: Coefficients, factors: Tensor, sums: Tensor, stats: Tensor) -> None:
+        for work in self.works:
             if not work.owned:
                 self._check_finite(work, coefficients, stats)
                 continue
@@ -57,8 +84,8 @@ class EagerKernels:
                 local[:, Stat.LARGEST_SQUARE] += _largest(row_sums)
             stats.index_add_(0, work.slot_index, local)
 
-    def pass_2(self, works: Sequence[Work], coefficients: Coefficients, factors: Tensor, stats: Tensor) -> None:
-        for work in works:
+    def pass_2(self, coefficients: Coefficients, factors: Tensor, stats: Tensor) -> None:
+        for work in self.works:
             if not (work.owned and work.switches.needs_norms):
                 continue
             local = self._local_stats(work, stats)
@@ -72,10 +99,8 @@ class EagerKernels:
                 local[:, Stat.UU] += _dot(u.double() if work.switches.adopt else u)
             stats.index_add_(0, work.slot_index, local)
 
-    def count_masks(
-        self, works: Sequence[Work], coefficients: Coefficients, factors: Tensor, scales: Tensor, stats: Tensor
-    ) -> None:
-        for work in works:
+    def count_masks(self, coefficients: Coefficients, factors: Tensor, scales: Tensor, stats: Tensor) -> None:
+        for work in self.works:
             if not (work.owned and work.switches.counts_mask_late):
                 continue
             local = self._local_stats(work, stats)
@@ -90,7 +115,6 @@ class EagerKernels:
 
     def pass_3(
         self,
-        works: Sequence[Work],
         coefficients: Coefficients,
         factors: Tensor,
         scales: Tensor,
@@ -98,7 +122,7 @@ class EagerKernels:
         keys: Tensor,
         writes: Writes,
     ) -> None:
-        for work in works:
+        for work in self.works:
             moment_gate, weight_gate = (_gate(gates, which, work) for which in (0, 1))
             if moment_gate is False:
                 continue

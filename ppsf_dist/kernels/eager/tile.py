@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ppsf_dist.algorithm import direction, second_moment, step_size
+from ppsf_dist.kernels.eager.work import Tile, Work
 from ppsf_dist.kernels.eager.workspace import Workspace
 from ppsf_dist.kernels.interface import Scales
-from ppsf_dist.work import Tile, Work
 
 
 class TileView:

@@ -19,6 +19,7 @@ from ppsf_dist.methods.switches import Switches
 from ppsf_dist.moments import FactoredMoments
 from ppsf_dist.sharding import Box, Shard
 from ppsf_dist.sharding.geometry import Shape
+from ppsf_dist.state.samples import count_in, sample_indices
 
 
 class Sizes(NamedTuple):
@@ -46,7 +47,7 @@ def sizes_for(device: torch.device) -> Sizes:
     return IN_CACHE if device.type == "cpu" else FEW_LAUNCHES
 
 
-State = Mapping[Tensor, dict[str, Any]]
+State = Mapping[Tensor, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -155,22 +156,6 @@ class Work:
         return self.shards[0].owner
 
 
-def sample_indices(box: Box) -> Tensor:
-    """Positions in a box (in its order) of the elements whose logical index is a multiple of 11."""
-    if box.is_flat:
-        return torch.arange(_count(box)) * SLICE + -box.flat_start % SLICE
-    return (box.flat_index() % SLICE == 0).nonzero().view(-1)
-
-
-def sample_count(shard: Shard) -> int:
-    """How many elements of a shard are sampled."""
-    return sum(_count(box) for box in shard.boxes)
-
-
-def _count(box: Box) -> int:
-    return len(range(-box.flat_start % SLICE, box.numel, SLICE)) if box.is_flat else len(sample_indices(box))
-
-
 def plan_work(
     shards: Sequence[Shard],
     slots: Sequence[int],
@@ -195,7 +180,7 @@ def plan_work(
         for position, box in enumerate(shard.boxes):
             flat = placed is None and box.is_flat and local.is_contiguous()
             size = (box.numel,) if flat else box.size
-            samples = slice(first_sample, first_sample + _count(box))
+            samples = slice(first_sample, first_sample + count_in(box))
             first_sample = samples.stop
             if box.numel == 0:
                 continue
@@ -242,7 +227,7 @@ def _tiles(box: Box, size: Shape, samples: slice, flat: bool, limit: int) -> lis
             offset, relative = start[0], None
         else:
             inner = box.narrow(start, tile_size)
-            count = _count(inner)
+            count = count_in(inner)
             phase, index = (-inner.flat_start % SLICE, None) if inner.is_flat else (0, sample_indices(inner))
             offset, relative = inner.flat_start - box.flat_start, None
             if not inner.is_flat:
@@ -263,9 +248,9 @@ def _finish(work: Work, moments: FactoredMoments, state: State) -> None:
         if name in state[work.shards[0].param]:
             work.states[name] = work.pieces([state[shard.param][name] for shard in work.shards])
     if work.row_axis is not None:
-        pairs = [moments.indices(slot, box) for slot, box in zip(work.slots, work.boxes, strict=True)]
-        work.row_index = torch.stack([row for row, _ in pairs])
-        work.col_index = torch.stack([col for _, col in pairs])
+        pairs = [moments.places(slot, box) for slot, box in zip(work.slots, work.boxes, strict=True)]
+        work.row_index = torch.stack([row.index(device) for row, _ in pairs])
+        work.col_index = torch.stack([col.index(device) for _, col in pairs])
     starts = torch.tensor([box.flat_start for box in work.boxes], device=device)
     work.starts = rounding.low_32_bits(starts)
     work.tiles = [
