@@ -104,7 +104,7 @@ def collectives(optimizer: ProdigyPlusScheduleFree, trap: Trap) -> Iterator[None
 
 @contextmanager
 def kernels(optimizer: ProdigyPlusScheduleFree, trap: Trap) -> Iterator[None]:
-    # The one place that knows where an optimizer keeps them: what is prepared for the plans there are, and for new ones.
+    # The one place that knows where an optimizer keeps them: those of the plans there are, and of new ones.
     engine: Any = optimizer._engine
     engine.kernels = _Kernels(engine.kernels, trap)
     for plan in engine.plans.values():
