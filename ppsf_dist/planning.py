@@ -9,23 +9,24 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ppsf_dist.adapters import (
-    Group,
-    Layout,
-    Member,
-    Part,
-    State,
-    check_calling_framework,
-    find_layout,
-    find_team,
-)
 from ppsf_dist.host import HostAccess
 from ppsf_dist.options import ARGUMENTS, Switches
 from ppsf_dist.plan import Plan
 from ppsf_dist.reductions import Outcome, Reductions
 from ppsf_dist.release import RELEASE
 from ppsf_dist.scalars import GROUP_NUMBERS, GroupNumbers
-from ppsf_dist.sharding import Shard, Team
+from ppsf_dist.sharding import (
+    Group,
+    Layout,
+    Member,
+    Part,
+    Shard,
+    State,
+    Team,
+    check_calling_framework,
+    find_layout,
+    find_team,
+)
 from ppsf_dist.sharding.slots import (
     Disagreement,
     Slot,

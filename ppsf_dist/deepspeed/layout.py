@@ -9,11 +9,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from ppsf_dist.adapters import Group, Layout, Member, Part, State
 from ppsf_dist.deepspeed.checkpoints import KEY, from_deepspeed, from_universal, is_universal, to_deepspeed
 from ppsf_dist.deepspeed.refresh import refresh_model
 from ppsf_dist.deepspeed.shards import Partition, ZeroShard, find_partition, is_trained
-from ppsf_dist.sharding import Shard, plain_shard
+from ppsf_dist.sharding import Group, Layout, Member, Part, Shard, State, plain_shard
 
 
 class ZeroLayout(Layout):
