@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppsf_dist.adapters import find_shards, find_team
-from ppsf_dist.sharding import Team
+from ppsf_dist.sharding import Team, find_shards, find_team
 
 EPSILON = 1e-6
 """Added to the norm before dividing by it, as in ``torch.nn.utils.clip_grad_norm_``."""

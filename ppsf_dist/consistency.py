@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppsf_dist.adapters import find_team
 from ppsf_dist.evaluation import innermost
 from ppsf_dist.optimizers.base import DistributedOptimizer
-from ppsf_dist.sharding import Shard, Team
+from ppsf_dist.sharding import Shard, Team, find_team
 from ppsf_dist.sharding.fingerprint import Entry, checksum, first_difference, key, name_ranks
 from ppsf_dist.sharding.slots import Disagreement, Slot, compare_groups, compare_names, compare_settings
 from ppsf_dist.state.inventory import WHOLE

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppsf_dist.adapters import Group, Layout, Part
 from ppsf_dist.kernels.writes import Writes
 from ppsf_dist.methods.base import Cause, Method, StepNumbers
 from ppsf_dist.plan import Plan
 from ppsf_dist.planning import Owner, Planner
+from ppsf_dist.sharding import Group, Layout, Part
 from ppsf_dist.sharding.slots import Disagreement, describe, share_failure
 from ppsf_dist.step import PartStep
 from ppsf_dist.swap import Swap

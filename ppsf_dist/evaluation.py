@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppsf_dist.fsdp.modules import reshard
 from ppsf_dist.optimizers.base import DistributedOptimizer
+from ppsf_dist.sharding import drop_gathered_weights
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def averaged(optimizer: Any, model: nn.Module | None = None) -> Iterator[None]:
     elif swapped:
         kept = [(p, p.detach().clone()) for group in swapped for p in group["params"]]
         optimizer.eval()
-    reshard(model)
+    drop_gathered_weights(model)
     try:
         yield
     finally:
@@ -43,7 +43,7 @@ def averaged(optimizer: Any, model: nn.Module | None = None) -> Iterator[None]:
             with torch.no_grad():
                 for param, before in kept:
                     param.copy_(before)
-            reshard(model)
+            drop_gathered_weights(model)
 
 
 def innermost(optimizer: Any) -> Any:

@@ -9,16 +9,6 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ppsf_dist.adapters import (
-    Group,
-    Layout,
-    Member,
-    Part,
-    State,
-    check_calling_framework,
-    find_layout,
-    find_team,
-)
 from ppsf_dist.host import HostAccess
 from ppsf_dist.kernels.eager import EagerKernels
 from ppsf_dist.kernels.interface import Kernels
@@ -28,7 +18,18 @@ from ppsf_dist.plan import Plan
 from ppsf_dist.reductions import Outcome, Reductions
 from ppsf_dist.release import RELEASE
 from ppsf_dist.scalars import GroupNumbers
-from ppsf_dist.sharding import Shard, Team
+from ppsf_dist.sharding import (
+    Group,
+    Layout,
+    Member,
+    Part,
+    Shard,
+    State,
+    Team,
+    check_calling_framework,
+    find_layout,
+    find_team,
+)
 from ppsf_dist.sharding.slots import (
     Disagreement,
     Slot,
@@ -100,7 +101,7 @@ class Planner:
         check_calling_framework(groups)
         if self._layout is None or self._layout.groups is not groups or not self._layout.is_current():
             self._layout = find_layout(groups, self.given)
-        if self._layout.adopt(self.method, self.state):
+        if self._layout.take_over(self.method, self.state):
             self.forget("its framework has loaded a checkpoint")
         return self._layout
 

@@ -7,12 +7,13 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from ppsf_dist.adapters import check_calling_framework
 from ppsf_dist.optimizers.base import DistributedOptimizer
+from ppsf_dist.sharding import check_calling_framework
 
 Config = Mapping[str, Any]
 
@@ -63,6 +64,11 @@ def check_config(config: Config | str | Path, *, averages: bool | None = None) -
     if averages is not None:
         arguments["use_schedulefree"] = averages
     _check(config, [arguments])
+
+
+def check_caller(frame: FrameType, groups: Sequence[Mapping[str, Any]]) -> None:
+    """:func:`check_engine` on the engine that runs in a frame of the stack."""
+    check_engine(frame.f_locals["self"], groups)
 
 
 def check_engine(engine: DeepSpeedEngine, groups: Sequence[Mapping[str, Any]]) -> None:

@@ -9,12 +9,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from ppsf_dist.adapters import Group, Layout, Member, Part, State
 from ppsf_dist.deepspeed.checkpoints import KEY, from_deepspeed, from_universal, is_universal, to_deepspeed
 from ppsf_dist.deepspeed.refresh import refresh_model
 from ppsf_dist.deepspeed.shards import Partition, ZeroShard, find_partition, is_trained
 from ppsf_dist.methods.base import Method
-from ppsf_dist.sharding import Shard, plain_shard
+from ppsf_dist.sharding import Group, Layout, Member, Part, Shard, State, plain_shard
 
 
 class ZeroLayout(Layout):
@@ -72,7 +71,7 @@ class ZeroLayout(Layout):
         from_deepspeed(method, self.partition, state_dict, state)
         return True
 
-    def adopt(self, method: Method, state: State) -> bool:
+    def take_over(self, method: Method, state: State) -> bool:
         if not is_universal(self.partition, state):
             return False
         from_universal(method, self.partition, state)

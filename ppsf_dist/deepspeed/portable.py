@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ppsf_dist.checkpoints import CheckpointFiles, Entry, open_checkpoint, write_checkpoint
-from ppsf_dist.deepspeed.experts import is_expert
 from ppsf_dist.deepspeed.gather import gather_elements, gather_samples
 from ppsf_dist.deepspeed.shards import ZeroShard
 from ppsf_dist.evaluation import innermost
 from ppsf_dist.sharding import Shard, everyone, together, whole
+from ppsf_dist.sharding.marks import is_expert
 from ppsf_dist.state.inventory import LIKE_PARAMETER, SAMPLED
 from ppsf_dist.state.portable import to_portable
 

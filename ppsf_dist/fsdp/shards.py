@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from ppsf_dist.sharding import Box, Shard
+from ppsf_dist.sharding.geometry import chunk
 
 
 @dataclass(eq=False)
@@ -92,13 +95,6 @@ def _sharded_axis(placement: object) -> int | None:
     return None
 
 
-def _chunk(n: int, parts: int, index: int) -> tuple[int, int]:
-    """Offset and size of one part of an axis, in the manner of ``torch.chunk``."""
-    size = -(-n // parts)
-    start = min(size * index, n)
-    return start, min(size * (index + 1), n) - start
-
-
 def local_box(param: DTensor) -> Box:
     """The box of the logical parameter that this rank holds.
 
@@ -118,7 +114,7 @@ def local_box(param: DTensor) -> Box:
         axis = _sharded_axis(param.placements[mesh_axis])
         if axis is not None:
             axis %= param.ndim
-            start, size[axis] = _chunk(size[axis], mesh.size(mesh_axis), coordinate[mesh_axis])
+            start, size[axis] = chunk(size[axis], mesh.size(mesh_axis), coordinate[mesh_axis])
             offset[axis] += start
     local = tuple(param._local_tensor.shape)
     if tuple(size) != local and 0 in size and 0 in local:
@@ -132,7 +128,7 @@ def local_box(param: DTensor) -> Box:
     return Box(tuple(param.shape), tuple(offset), tuple(size))
 
 
-def dtensor_shards(params: list[DTensor]) -> list[Shard]:
+def dtensor_shards(params: Sequence[DTensor], beside: Sequence[Shard]) -> list[Shard]:
     """Shards of DTensor parameters, with one owner for each element.
 
     A parameter on a sub-mesh is repeated on the ranks that other parameters of the same root mesh add: under tensor
@@ -174,3 +170,16 @@ def _check_domain(param: DTensor, own: tuple[int, ...], domain: tuple[int, ...])
             f"a parameter of shape {tuple(param.shape)} lives on ranks {own}, others of the same root mesh on "
             f"{domain}: no single mesh covers both; build one mesh that does, or use one optimizer for each"
         )
+
+
+def refuse_flat_parameters(params: Sequence[Tensor], beside: Sequence[Shard]) -> NoReturn:
+    """Refuse parameters of FSDP1.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        f"a parameter of shape {tuple(params[0].shape)} is a flat slice made by FullyShardedDataParallel (FSDP1), "
+        "which hides the shape that factored moments and the step size are computed from: use FSDP2, "
+        "torch.distributed.fsdp.fully_shard(model)"
+    )

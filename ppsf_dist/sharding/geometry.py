@@ -93,6 +93,13 @@ def _indices(size: Shape) -> Iterator[Shape]:
             yield (head, *rest)
 
 
+def chunk(n: int, parts: int, index: int) -> tuple[int, int]:
+    """Offset and size of one part of an axis of ``n`` elements, in the manner of ``torch.chunk``."""
+    size = -(-n // parts)
+    start = min(size * index, n)
+    return start, min(size * (index + 1), n) - start
+
+
 def whole(shape: Sequence[int]) -> Box:
     """The box of a whole parameter."""
     return Box(tuple(shape), (0,) * len(shape), tuple(shape))

@@ -36,6 +36,10 @@ class Shard:
     copied: bool = False
     completed: Tensor | None = None
 
+    def repeat(self, ranks: tuple[int, ...]) -> None:
+        """Say that all of these ranks hold these elements; the first of them counts them."""
+        self.domain, self.owner, self.copied = ranks, dist.get_rank() == ranks[0], len(ranks) > 1
+
     def weights(self) -> Tensor:
         """The local weights: writing to them changes the parameter."""
         return self.param

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from ppsf_dist.dry_run import ZERO_SUB_GROUP, Share, forecast
+from ppsf_dist.dry_run import Share, forecast
 from ppsf_dist.methods.switches import Switches
+from ppsf_dist.zero.forecast import ZERO_SUB_GROUP
 from tests.deepspeed.engines import config, count_in_steps, deepspeed_on_cpu
 from tests.harness.pool import run
 from tests.switches import EVERY

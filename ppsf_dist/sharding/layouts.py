@@ -1,0 +1,124 @@
+"""How an optimizer's parameters stand in ``param_groups``: the base class of all layouts, and the plain one."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ppsf_dist.methods.base import Method
+from ppsf_dist.sharding.finding import find_shards
+from ppsf_dist.sharding.registry import find
+from ppsf_dist.sharding.shard import Shard
+
+Group = dict[str, Any]
+Part = frozenset[int]
+State = dict[Tensor, dict[str, Any]]
+
+
+class Member(NamedTuple):
+    """A trainable parameter, the index of its group, and its place among all parameters of the optimizer."""
+
+    param: Tensor
+    group: int
+    identity: int
+
+
+class Layout:
+    """How an optimizer's parameters stand in ``param_groups``. In this class they are there themselves, all of them.
+
+    A framework that puts tensors of its own in their place has a subclass. It may step them in several parts, each with
+    a call of ``step()`` that shows only what belongs to it; all calls together are one step. Here a part is the places
+    of its parameters among all parameters, and an empty one means all of them.
+
+    Args:
+        groups: all parameter groups.
+        given: the list of parameters that each group was made with.
+    """
+
+    starts_with_zeros = False
+    """Whether the framework begins with a step on zero gradients, only to create state."""
+
+    def __init__(self, groups: list[Group], given: list[list[Tensor]]) -> None:
+        self.groups, self.given = groups, given
+        self._lists = [group["params"] for group in groups]
+
+    def is_current(self) -> bool:
+        """Whether the parameters still stand in ``param_groups`` as they did when this object was made."""
+        return len(self._lists) == len(self.groups) and all(
+            group["params"] is params for group, params in zip(self.groups, self._lists, strict=True)
+        )
+
+    def parameters(self) -> list[list[Tensor]]:
+        """The parameters of each group, frozen ones included."""
+        return [group["params"] for group in self.groups]
+
+    @property
+    def whole(self) -> Part:
+        """All parts of a step."""
+        return frozenset()
+
+    def part(self, visible: Sequence[Group]) -> Part:
+        """What a call of ``step()`` is about that finds these groups in ``param_groups``."""
+        return frozenset()
+
+    def signature(self, part: Part) -> Hashable:
+        """What the plan for a part depends on."""
+        return tuple([(id(p), group, p.device, p.dtype) for p, group, _ in self.members(part)])
+
+    def members(self, part: Part) -> list[Member]:
+        """The trainable parameters of a part, in order."""
+        if part:
+            some = [
+                Member(self.groups[group]["params"][i], group, n) for n in sorted(part) for group, i in [self._at[n]]
+            ]
+            return [member for member in some if member.param.requires_grad]
+        members, position = [], 0
+        for index, params in enumerate(self.parameters()):
+            for param in params:
+                if param.requires_grad:
+                    members.append(Member(param, index, position))
+                position += 1
+        return members
+
+    @cached_property
+    def _at(self) -> list[tuple[int, int]]:
+        """Where each parameter stands: its group, and its index there."""
+        return [(group, index) for group, params in enumerate(self._lists) for index in range(len(params))]
+
+    @cached_property
+    def places(self) -> dict[Tensor, int]:
+        """The place of each parameter among all parameters."""
+        return {param: place for place, param in enumerate(param for params in self._lists for param in params)}
+
+    def shards(self, params: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> list[Shard]:
+        """The local shard of each parameter, in order."""
+        return find_shards(params, process_group)
+
+    def refresh(self) -> None:
+        """Let the model see that ``train()`` or ``eval()`` has changed the weights. Collective."""
+
+    def state_dict(self, state: State) -> dict[str, Any] | None:
+        """The state in the form that the framework's checkpoints need, or None if any form will do."""
+        return None
+
+    def load_state_dict(self, method: Method, state_dict: dict[str, Any], state: State) -> bool:
+        """Load what :meth:`state_dict` made; False if it is something else."""
+        return False
+
+    def take_over(self, method: Method, state: State) -> bool:
+        """Take over what the framework has written into state and groups by itself; False if there is nothing."""
+        return False
+
+
+def find_layout(groups: list[Group], given: list[list[Tensor]]) -> Layout:
+    """How the parameters that the groups were made with stand in ``param_groups`` now."""
+    if len(given) != len(groups):
+        # DeepSpeed removes groups without parameters.
+        given = [params for params in given if params]
+    known = find("layout", groups, given) if len(given) == len(groups) else None
+    layout: Layout = (known or Layout)(groups, given)
+    return layout
