@@ -13,11 +13,11 @@ import torch
 
 from ppsf_dist.algorithm.second_moment import Factoring, factoring
 from ppsf_dist.algorithm.step_size import SLICE, statistics_dtype
+from ppsf_dist.engine.group_numbers import VOID_NUMBERS
+from ppsf_dist.engine.reductions import Outcome
 from ppsf_dist.methods.prodigy_plus import PRODIGY_PLUS
 from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
-from ppsf_dist.reductions import Outcome
-from ppsf_dist.scalars import VOID_NUMBERS
 from ppsf_dist.sharding import flat_range
 from ppsf_dist.sharding.geometry import Shape
 from ppsf_dist.sharding.registry import find, names

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ppsf_dist import ProdigyPlusScheduleFree, clip_grad_norm_
-from ppsf_dist.host import PendingCopy
+from ppsf_dist.engine.host import PendingCopy
 from tests.harness.models import NamedShapes, named_shapes
 from tests.rotation import rotated
 from tests.step_time import SETS

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ppsf_dist import ProdigyPlusScheduleFree
-from ppsf_dist.host import HostAccess, PendingCopy
+from ppsf_dist.engine.host import HostAccess, PendingCopy
 from tests.harness.counting import count_host_syncs
 from tests.harness.layouts import LAYOUTS, Layout, gather, set_grads, shard_parameters
 from tests.harness.models import gradient_sequence, initial_weights, named_shapes

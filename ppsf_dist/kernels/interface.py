@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ppsf_dist.kernels.writes import Writes
 from ppsf_dist.methods.switches import Switches
-from ppsf_dist.moments import FactoredMoments
 from ppsf_dist.sharding import Shard
+from ppsf_dist.state.moments import FactoredMoments
+from ppsf_dist.state.writes import Writes
 
 
 class Coefficients:

@@ -42,7 +42,7 @@ class Parameters(Protocol):
         group_of: the group of each.
         updates: how many updates each has had.
         adopt_first: whether this is the first step of one that ADOPT steps.
-        focus_fixed, momentum_of_d: see :class:`ppsf_dist.part_numbers.Traits`.
+        focus_fixed, momentum_of_d: see :class:`ppsf_dist.engine.part_numbers.Traits`.
     """
 
     group_of: Tensor
@@ -53,7 +53,7 @@ class Parameters(Protocol):
 
 
 class GroupTable(Protocol):
-    """The adaptive numbers of all groups on the device (:class:`ppsf_dist.scalars.GroupNumbers`)."""
+    """The adaptive numbers of all groups on the device (:class:`ppsf_dist.engine.group_numbers.GroupNumbers`)."""
 
     values: Tensor
     rows: tuple[str, ...]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ppsf_dist.compiling import uncompiled
-from ppsf_dist.engine import Engine
+from ppsf_dist.engine.engine import Engine
 from ppsf_dist.methods.base import Group, Method
 from ppsf_dist.methods.rules import naming, validate_seed
 from ppsf_dist.refusals import refuse_process_group, refuse_zero_redundancy
@@ -25,7 +25,7 @@ OF_THE_WHOLE = ("decouple_lr", "process_group", "seed")
 
 
 class DistributedOptimizer(Optimizer):
-    """What all optimizers here have in common: the face towards torch. How a step runs is in :mod:`ppsf_dist.engine`.
+    """What all optimizers here have in common: the face towards torch. How a step runs: :mod:`ppsf_dist.engine`.
 
     The result does not depend on how parameters are sharded: give it the parameters of a model on one device, under
     DDP, or under ``fully_shard``, and the weights are those of one process.

@@ -18,11 +18,11 @@ from ppsf_dist.kernels.eager.tile import TileView
 from ppsf_dist.kernels.eager.work import Work, plan_work
 from ppsf_dist.kernels.eager.workspace import Workspace
 from ppsf_dist.kernels.interface import Coefficients, Gates, Scales
-from ppsf_dist.kernels.writes import Write, Writes
 from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
-from ppsf_dist.moments import FactoredMoments
 from ppsf_dist.sharding import Shard
+from ppsf_dist.state.moments import FactoredMoments
+from ppsf_dist.state.writes import Write, Writes
 
 
 class EagerKernels:

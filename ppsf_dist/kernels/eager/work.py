@@ -16,9 +16,9 @@ from torch import Tensor
 from ppsf_dist.algorithm import rounding
 from ppsf_dist.algorithm.step_size import SLICE
 from ppsf_dist.methods.switches import Switches
-from ppsf_dist.moments import FactoredMoments
 from ppsf_dist.sharding import Box, Shard
 from ppsf_dist.sharding.geometry import Shape
+from ppsf_dist.state.moments import FactoredMoments
 from ppsf_dist.state.samples import count_in, sample_indices
 
 

@@ -1,6 +1,6 @@
 """How a step runs: when it begins and ends, what an exception does to it, and how weights and modes are swapped.
 
-The picture of a step is in :mod:`ppsf_dist.step`, what it is planned from in :mod:`ppsf_dist.planning`.
+The picture of a step is in :mod:`ppsf_dist.engine.step`, what it is planned from in :mod:`ppsf_dist.engine.planning`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppsf_dist.kernels.writes import Writes
+from ppsf_dist.engine.plan import Plan
+from ppsf_dist.engine.planning import Owner, Planner
+from ppsf_dist.engine.step import PartStep
+from ppsf_dist.engine.swap import Swap
 from ppsf_dist.methods.base import Cause, Method, StepNumbers
-from ppsf_dist.plan import Plan
-from ppsf_dist.planning import Owner, Planner
 from ppsf_dist.sharding import Group, Layout, Part
 from ppsf_dist.sharding.slots import Disagreement, describe, share_failure
-from ppsf_dist.step import PartStep
-from ppsf_dist.swap import Swap
+from ppsf_dist.state.writes import Writes
 
 ATTEMPTS = 3
 """How often what must come to its end is tried."""
@@ -37,7 +37,7 @@ class Engine(Planner):
     """Everything between an optimizer's ``step()`` and its kernels.
 
     Args:
-        owner, method, process_group, seed: as of :class:`ppsf_dist.planning.Planner`.
+        owner, method, process_group, seed: as of :class:`ppsf_dist.engine.planning.Planner`.
     """
 
     def __init__(self, owner: Owner, method: Method, process_group: dist.ProcessGroup | None, seed: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ppsf_dist.algorithm import averaging
-from ppsf_dist.kernels.writes import Write
+from ppsf_dist.state.writes import Write
 
 
 @dataclass(frozen=True)

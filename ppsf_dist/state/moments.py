@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ppsf_dist.algorithm import second_moment
 from ppsf_dist.algorithm.second_moment import Factoring
-from ppsf_dist.kernels.writes import Write
 from ppsf_dist.sharding import Box
+from ppsf_dist.state.writes import Write
 
 
 @dataclass(frozen=True)

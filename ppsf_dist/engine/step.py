@@ -6,11 +6,11 @@ from functools import cached_property
 
 from torch import Tensor
 
-from ppsf_dist.kernels.writes import Writes
+from ppsf_dist.engine.part_numbers import PartNumbers, Verdict
+from ppsf_dist.engine.plan import Plan
 from ppsf_dist.methods.base import Cause, StepNumbers
 from ppsf_dist.methods.sums import Stat
-from ppsf_dist.part_numbers import PartNumbers, Verdict
-from ppsf_dist.plan import Plan
+from ppsf_dist.state.writes import Writes
 
 
 class PartStep:

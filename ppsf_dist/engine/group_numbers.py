@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ppsf_dist.host import HostAccess, PendingCopy
+from ppsf_dist.engine.host import HostAccess, PendingCopy
 from ppsf_dist.methods.base import Group, Method
 
 logger = logging.getLogger(__name__)

@@ -9,15 +9,15 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ppsf_dist.host import HostAccess
+from ppsf_dist.engine.group_numbers import GroupNumbers
+from ppsf_dist.engine.host import HostAccess
+from ppsf_dist.engine.plan import Plan
+from ppsf_dist.engine.reductions import Outcome, Reductions
 from ppsf_dist.kernels.eager import EagerKernels
 from ppsf_dist.kernels.interface import Kernels
 from ppsf_dist.methods.base import Method
 from ppsf_dist.methods.switches import Switches
-from ppsf_dist.plan import Plan
-from ppsf_dist.reductions import Outcome, Reductions
 from ppsf_dist.release import RELEASE
-from ppsf_dist.scalars import GroupNumbers
 from ppsf_dist.sharding import (
     Group,
     Layout,
@@ -54,7 +54,7 @@ class Planner:
 
     A plan is made anew when parameters, switches or state are other ones, and after :meth:`forget`. Making one is
     collective. A rank that needs a new one while the others step by the old one says so in the sums of that step
-    (:class:`ppsf_dist.reductions.Outcome`): then all of them raise, unless all need one.
+    (:class:`ppsf_dist.engine.reductions.Outcome`): then all of them raise, unless all need one.
 
     Args:
         owner: the optimizer.

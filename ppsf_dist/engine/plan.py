@@ -12,17 +12,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppsf_dist.algorithm.second_moment import factoring
-from ppsf_dist.host import HostAccess, PendingCopy
+from ppsf_dist.engine.host import HostAccess, PendingCopy
+from ppsf_dist.engine.part_numbers import Traits
+from ppsf_dist.engine.reductions import Outcome, Reductions
 from ppsf_dist.kernels.interface import Kernels, Passes
 from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
-from ppsf_dist.moments import FactoredMoments
-from ppsf_dist.part_numbers import Traits
-from ppsf_dist.reductions import Outcome, Reductions
 from ppsf_dist.refusals import refuse_gradient, refuse_reshaped, refuse_weights
 from ppsf_dist.sharding import Shard, Team
 from ppsf_dist.sharding.slots import SlotTable
 from ppsf_dist.state.inventory import PARAMETER_NUMBERS, SAMPLED, Entry, Holds, Lies, needed, numbers_of
+from ppsf_dist.state.moments import FactoredMoments
 from ppsf_dist.state.samples import sample_count, samples_of
 
 logger = logging.getLogger(__name__)

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from ppsf_dist.algorithm import direction, rounding
-from ppsf_dist.host import HostAccess
+from ppsf_dist.engine.host import HostAccess
+from ppsf_dist.engine.reductions import Outcome, Reductions
 from ppsf_dist.kernels.interface import Coefficients, Gates, Scales
-from ppsf_dist.kernels.writes import Write
 from ppsf_dist.methods.base import Cause, StepNumbers
 from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
-from ppsf_dist.moments import FactoredMoments
-from ppsf_dist.reductions import Outcome, Reductions
 from ppsf_dist.sharding.slots import SlotTable
 from ppsf_dist.state.inventory import PARAMETER_NUMBERS
+from ppsf_dist.state.moments import FactoredMoments
+from ppsf_dist.state.writes import Write
 
 
 @dataclass

@@ -1,0 +1,70 @@
+"""The rules of the house that no linter knows. The others are import contracts in ``pyproject.toml``."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "ppsf_dist"
+LONGEST = 400
+NO_PROCESS_GROUP = ("algorithm", "methods", "kernels")
+OF_AN_OPTIMIZER = {"SGDScheduleFree": ("optimizers/sgd_schedulefree.py", "methods/sgd_schedulefree.py")}
+COLLECTIVES = {"sharding/team.py", "deepspeed/refresh.py", "bootstrap/process.py"}
+"""Where a collective is called: sums and exchanges of a step, DeepSpeed's gathered weights, and the start of a job."""
+
+
+def modules(room: str = "") -> list[Path]:
+    return sorted((PACKAGE / room).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("room", NO_PROCESS_GROUP)
+def test_a_room_of_formulas_knows_no_process_group(room: str) -> None:
+    assert modules(room)
+    for path in modules(room):
+        assert not any(name.startswith("torch.distributed") for name in imported(path)), path
+
+
+def test_no_module_of_the_package_is_too_long() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in modules()}
+    assert {path: n for path, n in lengths.items() if n > LONGEST} == {}
+
+
+@pytest.mark.parametrize("name", OF_AN_OPTIMIZER)
+def test_an_optimizer_is_150_lines_and_only_the_lists_of_classes_know_it(name: str) -> None:
+    files = [PACKAGE / path for path in OF_AN_OPTIMIZER[name]]
+    assert sum(len(path.read_text().splitlines()) for path in files) <= 150
+    knowing = {str(path.relative_to(PACKAGE)) for path in modules() if name in path.read_text()}
+    assert knowing - {*OF_AN_OPTIMIZER[name]} == {"__init__.py", "deepspeed/registration.py"}
+
+
+def test_the_library_prints_nothing_and_catches_nothing_unnamed() -> None:
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            prints = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+            assert not prints, path
+            assert not (isinstance(node, ast.ExceptHandler) and node.type is None), path
+
+
+def test_collectives_are_called_in_few_places() -> None:
+    calling = set()
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dist":
+                if node.attr.startswith(
+                    ("all_", "broadcast", "barrier", "gather", "scatter", "reduce", "send", "recv")
+                ):
+                    calling.add(str(path.relative_to(PACKAGE)))
+    assert calling == COLLECTIVES
