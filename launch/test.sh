@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests. Arguments go to pytest: ./launch/test.sh -m "not launch" -x
-# The default is the quick suite. --thorough runs what that leaves out: see docs/reliability.md.
+# --quick is for a minute after every edit. --thorough runs what the default leaves out: see docs/reliability.md.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

@@ -13,11 +13,15 @@ import pytest
 import pytest_timeout  # type: ignore[import-untyped]
 
 from tests.harness.patience import Patience, family, watched
+from tests.rotation import left_out, quick
 
 # Before torch is imported: with more threads the order of summation would depend on the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A test may work for so many times as long as it may do nothing.
 WORK_PER_IDLENESS = 4
+FEW = 20
+"""Tests that are asked for one by one; nothing of them is left out."""
+
 _WATCH = pytest.StashKey[ExitStack]()
 
 
@@ -52,6 +56,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run what the quick default leaves out, and nothing else: every switch on every layout, and the campaigns "
         "of tests/thorough in full",
     )
+    group.addoption("--quick", action="store_true", help="run for a minute what is worth running after every edit")
     group.addoption(
         "--cases-scale",
         type=float,
@@ -65,13 +70,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests are quick (no marker), ``thorough``, or a ``campaign``, which runs in both: whole, or a slice of it."""
+    """The default runs what is neither marked ``thorough`` nor left out by ``tests/rotation.py``; ``campaign`` runs in
+    it as a slice, and whole with ``--thorough``, which runs the rest. ``--quick`` is a choice of the default."""
     thorough = bool(config.getoption("--thorough"))
-    wanted = ("thorough", "campaign") if thorough else ("quick", "campaign")
+    # A test that was asked for by its name runs.
+    names = [item.nodeid for item in items]
+    out = left_out(names) if len(items) > FEW else set()
+    fast = quick(names) if config.getoption("--quick") else set(names)
     kept: dict[bool, list[pytest.Item]] = {True: [], False: []}
     for item in items:
-        kind = next((name for name in ("campaign", "thorough") if item.get_closest_marker(name)), "quick")
-        kept[kind in wanted].append(item)
+        is_late = bool(item.get_closest_marker("thorough")) or item.nodeid in out
+        if item.get_closest_marker("campaign"):
+            kept[thorough or item.nodeid in fast].append(item)
+        else:
+            kept[is_late == thorough and item.nodeid in fast].append(item)
     config.hook.pytest_deselected(items=kept[False])
     items[:] = kept[True]
 

@@ -37,7 +37,7 @@ PLANS = {
 @pytest.mark.timeout(MINUTES * 60)
 def test_faults(amount: Amount, tally: Tally) -> None:
     """An exception at every collective, kernel call, operator and line of a step: the step is made, or can be again."""
-    thinner = round(1 / min(1.0, amount(1000, 10) / 1000))
+    thinner = round(1 / min(1.0, amount(1000, 3) / 1000))
     for switch in SWITCHES if thinner < 100 else SWITCHES[:1]:
         for layout, plans in PLANS.items():
             for plan in plans:
