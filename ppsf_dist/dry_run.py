@@ -20,7 +20,7 @@ from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
 from ppsf_dist.sharding import flat_range
 from ppsf_dist.sharding.geometry import Shape
-from ppsf_dist.sharding.registry import find, names
+from ppsf_dist.sharding.registry import entries, find
 from ppsf_dist.state.inventory import PARAMETER_NUMBERS
 
 WHOLE = ("single", "ddp")
@@ -229,7 +229,7 @@ def forecast(
     """
     foresee: Foresee | None = _foresee_whole if strategy in WHOLE else find("strategy", strategy)
     if foresee is None:
-        allowed = ", ".join([*WHOLE, *names("strategy")])
+        allowed = ", ".join([*WHOLE, *(entry.name for entry in entries("strategy"))])
         raise ValueError(f"strategy={strategy!r} cannot be forecast: allowed are {allowed}")
     if world_size < 1:
         raise ValueError(f"world_size={world_size} is too small: 1 or more is allowed")

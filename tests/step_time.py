@@ -21,6 +21,8 @@ from torch import nn
 from ppsf_dist import ProdigyPlusScheduleFree
 
 Shapes = list[tuple[int, ...]]
+RANK = 16
+"""Of the adapters in the set "lora"."""
 
 
 def gpt2() -> Shapes:
@@ -33,14 +35,23 @@ def gpt2() -> Shapes:
 SETS: dict[str, Shapes] = {
     "gpt2": gpt2(),
     "matrix": [(4096, 4096)],
-    "lora": [(16, columns) for columns in (1024, 2048, 3072, 4096)] * 125,
+    # Both halves of each adapter: A maps to the rank of 16, B from it and starts at zero.
+    "lora": [shape for n in (1024, 2048, 3072, 4096) for shape in ((RANK, n), (n, RANK))] * 125,
     "tiny": [(16, 64)] * 500,
 }
 
 
-def parameters(shapes: Shapes, dtype: torch.dtype, device: str) -> list[nn.Parameter]:
+def starts_at_zero(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of a set is the B of an adapter."""
+    return name == "lora" and shape[1] == RANK
+
+
+def parameters(name: str, dtype: torch.dtype, device: str) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    made = [nn.Parameter(torch.randn(shape, generator=generator).mul_(0.02).to(device, dtype)) for shape in shapes]
+    made = []
+    for shape in SETS[name]:
+        scale = 0.0 if starts_at_zero(name, shape) else 0.02
+        made.append(nn.Parameter(torch.randn(shape, generator=generator).mul_(scale).to(device, dtype)))
     for p in made:
         p.grad = torch.randn(p.shape, generator=generator).mul_(0.01).to(device, dtype)
     return made
@@ -62,9 +73,9 @@ def measure(name: str, dtype: torch.dtype, device: str, steps: int) -> None:
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         optimizers = {
-            "fused AdamW": torch.optim.AdamW(parameters(shapes, dtype, device), fused=True),
-            "ppsf_dist": ProdigyPlusScheduleFree(parameters(shapes, dtype, device)),
-            "reference": Reference(parameters(shapes, dtype, device)),
+            "fused AdamW": torch.optim.AdamW(parameters(name, dtype, device), fused=True),
+            "ppsf_dist": ProdigyPlusScheduleFree(parameters(name, dtype, device)),
+            "reference": Reference(parameters(name, dtype, device)),
         }
         for optimizer in optimizers.values():
             for _ in range(2):

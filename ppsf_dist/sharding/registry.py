@@ -83,9 +83,9 @@ def who_knows(question: Question, *evidence: object) -> str | None:
     return next((entry.answer for entry in _ENTRIES[question] if entry.test(*evidence)), None)
 
 
-def names(question: Question) -> list[str]:
-    """The names that are registered under a question."""
-    return [entry.name for entry in _ENTRIES[question]]
+def entries(question: Question) -> list[Entry]:
+    """Who is asked, in order."""
+    return _ENTRIES[question]
 
 
 def find(question: Question, *evidence: object) -> Callable[..., Any] | None:
