@@ -48,7 +48,6 @@ KEPT: dict[str, int | tuple[str, ...]] = {
     "test_accelerator.py::test_small_tensors_of_a_shape_are_computed_as_one": 2,
     "test_reference.py::test_a_run_is_the_references": 3,
     "test_reference.py::test_training_is_the_references": 2,
-    "test_work.py::test_sizes_do_not_change_a_run": 4,
     "test_interruptions.py::test_every_point_of_a_step_on_one_process": 3,
     "test_interruptions.py::test_every_point_of_a_step_on_two_ranks": ("default",),
     "test_interruptions.py::test_an_error_on_one_rank_in_the_middle_of_a_step_is_all_ranks": ("cautious",),

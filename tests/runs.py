@@ -133,3 +133,12 @@ def with_noise(gradients: dict[str, Tensor | None], step: int) -> dict[str, Tens
         else g * (1 + torch.finfo(g.dtype).eps / 2 * torch.randn(g.shape, generator=generator).to(g.dtype))
         for name, g in gradients.items()
     }
+
+
+def twice(noise: dict[str, float], *, most: dict[str, float]) -> dict[str, float]:
+    """What an unstable switch may make of another order of summation: twice what it makes of rounding noise.
+
+    ``most`` bounds the noise itself, without which a switch that blew it up would allow any difference.
+    """
+    assert noise.keys() == most.keys() and all(noise[key] <= bound for key, bound in most.items()), (noise, most)
+    return {key: 2 * value for key, value in noise.items()}

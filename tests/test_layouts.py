@@ -14,7 +14,7 @@ from tests.harness.layouts import LAYOUTS, Layout, gather, set_grads, shard_para
 from tests.harness.models import NamedShapes, gradient_sequence, initial_weights, named_shapes
 from tests.harness.pool import run
 from tests.rotation import rotated
-from tests.runs import SINGLE, Run, difference, make_optimizer, open_loop, open_loop_without_start
+from tests.runs import SINGLE, Run, difference, make_optimizer, open_loop, open_loop_without_start, twice
 from tests.switches import EVERY
 
 pytestmark = pytest.mark.dist
@@ -24,8 +24,8 @@ ALL_SHAPES = named_shapes("all")
 SHARDED = [name for name, layout in LAYOUTS.items() if layout.world_size > 1]
 
 
-UNSTABLE = ("d_limiter",)
-"""Here d multiplies rounding errors from step to step, in one process too."""
+UNSTABLE = {"d_limiter": {"d": 2e-5, "weights": 2.5e-6}}
+"""Here d multiplies rounding errors from step to step, in one process too: at most to so much."""
 
 FSDP = ("fsdp_1", "fsdp_2", "fsdp_3", "fsdp_4", "fsdp_real")
 
@@ -51,7 +51,7 @@ def test_every_layout_gives_the_run_of_one_process(name: str, switch: str) -> No
     allowed = {"d": 1e-6, "weights": 1e-5}
     if switch in UNSTABLE:
         noise = difference(single(switch, noisy=True), reference)
-        allowed = {key: 2 * value for key, value in noise.items()}
+        allowed = twice(noise, most=UNSTABLE[switch])
     apart = difference(on_layout(LAYOUTS[name], SHAPES, **EVERY[switch]), reference)
     assert apart["d"] <= allowed["d"] and apart["weights"] <= allowed["weights"], (apart, allowed)
 

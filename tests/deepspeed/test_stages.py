@@ -10,7 +10,7 @@ import torch
 from tests.deepspeed.engines import config, count_in_steps, feed, gradients_for, make_engine, run_engine
 from tests.deepspeed.references import SHAPES, STEPS, UNSTABLE, check, single
 from tests.harness.pool import run
-from tests.runs import difference
+from tests.runs import difference, twice
 from tests.switches import EVERY
 
 pytestmark = pytest.mark.deepspeed
@@ -83,7 +83,7 @@ def test_every_switch(position: int, switch: str) -> None:
     allowed = None
     if switch in UNSTABLE:
         noise = difference(single(switch, noisy=True), reference)
-        allowed = {key: 2 * value for key, value in noise.items()}
+        allowed = twice(noise, most=UNSTABLE[switch])
     check(runs, reference, allowed)
 
 
