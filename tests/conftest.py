@@ -13,12 +13,13 @@ import pytest
 import pytest_timeout  # type: ignore[import-untyped]
 
 from tests.harness.patience import Patience, family, watched
-from tests.rotation import left_out, quick
+from tests.rotation import left_out, may_be_quick, quick
 
 # Before torch is imported: with more threads the order of summation would depend on the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A test may work for so many times as long as it may do nothing.
 WORK_PER_IDLENESS = 4
+TESTS = Path(__file__).parent
 FEW = 20
 """Tests that are asked for one by one; nothing of them is left out."""
 
@@ -69,10 +70,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if not config.getoption("--quick") or not collection_path.name.startswith("test_"):
+        return None
+    return None if may_be_quick(collection_path.relative_to(TESTS).as_posix()) else True
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The default runs what is neither marked ``thorough`` nor left out by ``tests/rotation.py``; ``campaign`` runs in
     it as a slice, and whole with ``--thorough``, which runs the rest. ``--quick`` is a choice of the default."""
     thorough = bool(config.getoption("--thorough"))
+    if thorough and config.getoption("--quick"):
+        raise pytest.UsageError("--quick runs a part of the default, --thorough what it leaves out: choose one")
     # A test that was asked for by its name runs.
     names = [item.nodeid for item in items]
     out = left_out(names) if len(items) > FEW else set()

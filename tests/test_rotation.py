@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.rotation import KEPT, QUICK, QUICK_CASES, left_out, quick, rotated
+from tests import rotation
+from tests.rotation import KEPT, QUICK, QUICK_CASES, left_out, may_be_quick, quick, rotated
 
 TESTS = Path(__file__).parent
 
@@ -29,14 +30,23 @@ def test_what_the_tables_name_is_there(test: str) -> None:
     assert not name or f"\ndef {name}" in (TESTS / path).read_text(), name
 
 
-def test_the_default_keeps_some_and_thorough_runs_the_others() -> None:
-    names = [f"tests/test_layouts.py::test_every_shape_in_every_role[{case}]" for case in "abcde"]
-    launchers = ("torchrun", "mpich", "x")
-    names += [f"tests/launch/test_same_everywhere.py::test_two_ranks_under[{launcher}]" for launcher in launchers]
-    names += ["tests/bootstrap/test_launchers.py::test_deepspeed", "tests/test_other.py::test_anything[a]"]
-    assert left_out(names) == {names[1], names[3], names[7], names[8]}
-    with pytest.raises(ValueError, match="test_two_ranks_under"):
-        left_out(names[5:6])
-    assert quick(["tests/algorithm/test_rounding.py::test_x", "tests/test_work.py::test_y"]) == {
-        "tests/algorithm/test_rounding.py::test_x"
-    }
+def test_the_default_keeps_some_and_thorough_runs_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"a.py::test_product": 2, "b.py::test_launcher": ("one", "two"), "c.py::test_host": 0}
+    monkeypatch.setattr(rotation, "KEPT", table)
+    product = [f"tests/a.py::test_product[{case}]" for case in "vwxyz"]
+    launcher = [f"tests/b.py::test_launcher[{case}]" for case in ("one", "two", "three")]
+    others = ["tests/c.py::test_host", "tests/c.py::test_another", "tests/d.py::test_product[w]"]
+    assert left_out([*product, *launcher, *others]) == {product[1], product[3], launcher[2], others[0]}
+    with pytest.raises(ValueError, match="test_launcher"):
+        left_out(launcher[1:])
+
+
+def test_quick_takes_folders_files_and_single_tests() -> None:
+    names = [
+        "algorithm/test_rounding.py::test_x",
+        "test_reference.py::test_each_step_is[a]",
+        "test_reference.py::test_y",
+    ]
+    assert quick([f"tests/{name}" for name in names]) == {f"tests/{name}" for name in names[:2]}
+    assert may_be_quick("algorithm/test_rounding.py") and may_be_quick("test_reference.py")
+    assert not may_be_quick("deepspeed/test_stages.py")
