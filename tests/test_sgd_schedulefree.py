@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ppsf_dist import SGDScheduleFree, averaged
-from ppsf_dist.fsdp import load_checkpoint, save_checkpoint
+from ppsf_dist.fsdp import load_checkpoint, save_checkpoint, step_in_backward
 from tests.harness.layouts import LAYOUTS, gather, set_grads, shard_parameters
 from tests.harness.models import gradient_sequence, initial_weights, named_shapes
 from tests.harness.pool import run
@@ -182,6 +182,12 @@ def test_a_checkpoint_of_another_class_is_refused() -> None:
     parameter = nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="has no 'k': it was not made by SGDScheduleFree"):
         SGDScheduleFree([parameter]).load_state_dict(torch.optim.SGD([parameter], lr=0.1).state_dict())
+
+
+def test_what_only_another_class_can_do_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"needs ProdigyPlusScheduleFree\(..., fused_back_pass=True\)"):
+        step_in_backward(model, SGDScheduleFree(model.parameters()))  # type: ignore[arg-type]
 
 
 def test_without_momentum_the_average_is_lost_and_eval_says_so() -> None:

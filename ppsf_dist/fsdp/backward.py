@@ -61,7 +61,7 @@ class StepInBackward:
     """What :func:`step_in_backward` returns."""
 
     def __init__(self, model: nn.Module, optimizer: ProdigyPlusScheduleFree) -> None:
-        if not optimizer.param_groups[0]["fused_back_pass"]:
+        if not optimizer._engine.is_fused:
             raise ValueError("step_in_backward() needs ProdigyPlusScheduleFree(..., fused_back_pass=True)")
         if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
             raise ValueError(
