@@ -63,7 +63,10 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "group": (lambda p, o: one_more_group(o), "rank 1: a parameter group has been added"),
     "eval": (lambda p, o: in_eval_mode(o), "rank 1: RuntimeError: step() was called while the parameters"),
     "switch": (lambda p, o: o.param_groups[1].update(use_cautious=True), "rank 1: cautious of parameter group 1"),
-    "steps": (lambda p, o: o.param_groups[0].update(prodigy_steps=9), "rank 1: prodigy_steps of parameter group 0 has changed from 0 to"),
+    "steps": (
+        lambda p, o: o.param_groups[0].update(prodigy_steps=9),
+        "rank 1: prodigy_steps of parameter group 0 has changed from 0 to 9",
+    ),
 }
 
 
