@@ -3,14 +3,18 @@
 from ppsf_dist.bootstrap import ProcessInfo, init_process_group
 from ppsf_dist.clipping import clip_grad_norm_
 from ppsf_dist.consistency import check_replicas
+from ppsf_dist.engine.reports import StepReport
 from ppsf_dist.evaluation import averaged
+from ppsf_dist.optimizers.prodigy import Prodigy
 from ppsf_dist.optimizers.prodigy_plus import ProdigyPlusScheduleFree
 from ppsf_dist.optimizers.sgd_schedulefree import SGDScheduleFree
 
 __all__ = [
     "ProcessInfo",
+    "Prodigy",
     "ProdigyPlusScheduleFree",
     "SGDScheduleFree",
+    "StepReport",
     "averaged",
     "check_replicas",
     "clip_grad_norm_",

@@ -12,8 +12,7 @@ from typing import Protocol
 import torch
 
 from ppsf_dist.algorithm.second_moment import Factoring, factoring
-from ppsf_dist.algorithm.step_size import SLICE, statistics_dtype
-from ppsf_dist.engine.group_numbers import VOID_NUMBERS
+from ppsf_dist.engine.group_numbers import OF_THE_STEP
 from ppsf_dist.engine.reductions import Outcome
 from ppsf_dist.methods.prodigy_plus import PRODIGY_PLUS
 from ppsf_dist.methods.sums import Stat
@@ -21,7 +20,7 @@ from ppsf_dist.methods.switches import Switches
 from ppsf_dist.sharding import flat_range
 from ppsf_dist.sharding.geometry import Shape
 from ppsf_dist.sharding.registry import entries, find
-from ppsf_dist.state.inventory import PARAMETER_NUMBERS
+from ppsf_dist.state.inventory import PARAMETER_NUMBERS, Lies, needed
 
 WHOLE = ("single", "ddp")
 """Strategies under which every rank has everything."""
@@ -134,9 +133,10 @@ class Model:
                 lines = sum(box.numel // box.size[axes.dr] + box.numel // box.size[axes.dc] for box in boxes)
                 indices += one.count * _INT64 * lines
             if switches.statistics:
-                kept = 1 if switches.speed else 2
-                stored = statistics_dtype(one.dtype, quirks=switches.quirks).itemsize
-                samples += one.count * kept * len(range(-one.start % SLICE, one.numel, SLICE)) * stored
+                step = switches.slice_p
+                sampled = one.count * len(range(-one.start % step, one.numel, step))
+                entries_of = (e for e in needed(switches, one.shape) if e.lies is Lies.SAMPLED)
+                samples += sum(sampled * e.dtype(one.dtype, switches).itemsize for e in entries_of)
         return Share(
             elements=elements,
             weights=weights,
@@ -186,7 +186,7 @@ class Model:
                 averaged = 0 if cell == 1 else _INT64 * (rows + rows // cell)
                 indices += n * (rows * (_INT64 + _BOOL + _INT64) + averaged)
         tables = (2 if switches.counts_mask_late else 1) * (slots * len(Stat) + len(Outcome))
-        of_group = len(PRODIGY_PLUS.numbers) + len(VOID_NUMBERS)
+        of_group = len(PRODIGY_PLUS.numbers) + len(OF_THE_STEP)
         numbers = _FP64 * (slots * len(PARAMETER_NUMBERS) + tables + of_group) + _FP32 * length
         return Share(factored=_FP32 * length, numbers=numbers, indices=indices)
 

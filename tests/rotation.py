@@ -97,7 +97,7 @@ QUICK = (
     "bootstrap/test_environment.py",
     "test_loading.py",
     "test_reference.py::test_each_step",
-    "test_sgd_schedulefree.py::test_each_step",
+    "test_family.py::test_each_step",
     "test_budgets.py",
     "test_layouts.py::test_every_layout_gives_the_run_of_one_process",
 )

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -48,8 +49,10 @@ def make_optimizer(parameters: dict[str, Any], groups: int = 1, **switches: Any)
 
 
 def make_other(name: str, parameters: dict[str, Any], groups: int = 1, **arguments: Any) -> DistributedOptimizer:
-    """An optimizer of another class of the package."""
-    made: DistributedOptimizer = getattr(ppsf_dist, name)(make_groups(parameters, groups), **arguments)
+    """An optimizer of another class of the package, silent about combinations that it warns of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made: DistributedOptimizer = getattr(ppsf_dist, name)(make_groups(parameters, groups), **arguments)
     return made
 
 
@@ -122,6 +125,18 @@ def difference(run: Run, reference: Run) -> dict[str, float]:
         moved = float((expected.double() - reference.start[name].double()).abs().max())
         weights.append(max(0.0, apart - rounding) / moved if moved else apart)
     return {"d": largest(d), "weights": largest(weights)}
+
+
+def check_same(run: Run, reference: Run) -> None:
+    """A run differs from its reference by no more than sums in another order: numbers of the groups, and weights."""
+    for ours, theirs in zip(run.groups, reference.groups, strict=True):
+        for group, expected in zip(ours, theirs, strict=True):
+            assert group.keys() == expected.keys()
+            for name, value in expected.items():
+                # Without a d nothing that is summed goes into the numbers.
+                summed = "d" in expected and isinstance(value, float)
+                assert group[name] == (pytest.approx(value, rel=1e-6) if summed else value), name
+    assert difference(run, reference)["weights"] <= 1e-6
 
 
 def with_noise(gradients: dict[str, Tensor | None], step: int) -> dict[str, Tensor | None]:

@@ -38,6 +38,7 @@ ALONE: dict[str, Switch] = {
 TOGETHER: dict[str, Switch] = {
     "unfactored_no_stableadamw": {"factored": False, "use_stableadamw": False},
     "unfactored_cautious": {"factored": False, "use_cautious": True},
+    "cautious_no_stableadamw": {"use_cautious": True, "use_stableadamw": False},
     "unfactored_orthograd": {"factored": False, "use_orthograd": True},
     "momentum_decay": {"use_schedulefree": False, "weight_decay": 0.1},
     "momentum_decay_not_by_lr": {"use_schedulefree": False, "weight_decay": 0.01, "weight_decay_by_lr": False},

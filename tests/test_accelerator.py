@@ -60,7 +60,7 @@ def _published_numbers_never_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
     monkeypatch.setattr(PendingCopy, "__init__", start)
-    monkeypatch.setattr(PendingCopy, "take", lambda self: None)
+    monkeypatch.setattr(PendingCopy, "take", lambda self, *, wait=False: None)
 
 
 def build(

@@ -74,6 +74,16 @@ def row_scale(row: Tensor, mean: Tensor) -> Tensor:
     return torch.sqrt_(row / (mean + ROW_MEAN_GUARD))
 
 
+def bias_correction(k: Tensor, beta1: Tensor, beta2: Tensor) -> Tensor:
+    """Adam's, of both moments: ``sqrt(1 - beta2^k) / (1 - beta1^k)``, for vectors over groups (fp64).
+
+    Args:
+        k: 1-based step.
+        beta1, beta2: decays of the moments. Kingma and Ba, arXiv:1412.6980, section 3.
+    """
+    return (1 - beta2**k).sqrt() / (1 - beta1**k)
+
+
 def radam(k: Tensor, beta2: Tensor) -> tuple[Tensor, Tensor]:
     """RAdam's bias-corrected beta2 and its rectification of the step, for vectors over groups (fp64).
 

@@ -1,6 +1,6 @@
 """The step size d: Prodigy's estimate, and SPEED's.
 
-Prodigy compares, on every 11th element of each parameter, how far the gradients agree with the distance travelled
+Prodigy compares, on all elements of each parameter or on some, how far the gradients agree with the distance travelled
 (numerator) to how large they are in sum (denominator). Mishchenko and Defazio, arXiv:2306.06101, algorithm 4.
 SPEED is the reference's own replacement, described in its README.
 
@@ -10,29 +10,16 @@ Functions on tiles return sums; functions on vectors over groups or parameters a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-SLICE = 11
-"""Every 11th element of the flattened logical parameter is sampled."""
 
 GROWTH_LIMIT = 2**0.25
 """Largest factor by which d grows in one step with ``d_limiter=True``."""
 
 SPEED_FLOOR = 1e-8
 """Smallest norms that SPEED divides by."""
-
-
-def statistics_dtype(gradient_dtype: torch.dtype, *, quirks: bool) -> torch.dtype:
-    """Dtype of the samples p0 and s.
-
-    The reference keeps them in bf16 when gradients are fp32, which rounds the starting point by 2^-9
-    (``docs/differences.md``, O1 and O2).
-    """
-    if not quirks:
-        return torch.float32
-    return torch.bfloat16 if gradient_dtype == torch.float32 else gradient_dtype
 
 
 def displacement(p0: Tensor, point: Tensor, stored: torch.dtype) -> Tensor:
@@ -123,6 +110,49 @@ def adapted(old: StepSize, numerator: Tensor, denominator: Tensor, rule: StepSiz
         prev_d_numerator=old.d_numerator,
         max_d_numerator=largest,
     )
+
+
+class GlobalStepSize(NamedTuple):
+    """One step size for all groups, and what it depends on (fp64, the same in every group).
+
+    Attributes:
+        d: the step size.
+        d_max: the largest estimate so far, or d0.
+        d_hat: the last estimate.
+        d_numerator, d_denom: the sums that it came from.
+    """
+
+    d: Tensor
+    d_max: Tensor
+    d_hat: Tensor
+    d_numerator: Tensor
+    d_denom: Tensor
+
+
+def adapted_for_all(
+    old: GlobalStepSize,
+    numerator: Tensor,
+    denominator: Tensor,
+    beta3: Tensor,
+    d0: Tensor,
+    d_coef: Tensor,
+    growth_rate: Tensor,
+) -> GlobalStepSize:
+    """The step size of prodigyopt from the sums of this step over all parameters.
+
+    Args:
+        old: before the step.
+        numerator, denominator: the weighted sums of this step.
+        beta3: decay of the numerator.
+        d0, d_coef: as of the method.
+        growth_rate: largest factor by which d grows in a step; 0 for no limit.
+    """
+    total = beta3 * old.d_numerator + numerator
+    d_hat = d_coef * total / denominator
+    d = torch.where(old.d == d0, torch.maximum(old.d, d_hat), old.d)
+    d_max = torch.maximum(old.d_max, d_hat)
+    limited = torch.where(growth_rate > 0, d * growth_rate, torch.inf)
+    return GlobalStepSize(torch.minimum(d_max, limited), d_max, d_hat, total, denominator.expand_as(total))
 
 
 @dataclass

@@ -39,22 +39,24 @@ ROUND_ROBIN_HERE = (
 EXPERTS = "it has experts, of which each rank saved others under the same names: load the checkpoint it was made from"
 
 
-def to_deepspeed(partition: Partition, state: State) -> dict[str, Any]:
+def to_deepspeed(method: Method, partition: Partition, state: State) -> dict[str, Any]:
     """The optimizer's state for this rank's checkpoint file, on the CPU. Collective."""
     entries: dict[int, Entry] = {}
     index_of: dict[int, int] = {}
     # One number for all parameters: universal checkpoints insist on it.
-    steps = max(0, int(partition.groups[0]["k"]) - 1)
+    steps = max(0, int(partition.groups[0]["k"] - method.numbers["k"]))
+    group_of = _groups_by_place(partition, partition.groups)
     for place, shard in partition.slices.items():
         index = index_of.setdefault(id(shard.flat), len(index_of))
         if index not in entries:
             flat = torch.zeros_like(shard.flat, device="cpu")
             entries[index] = {"step": steps, "exp_avg": flat, "exp_avg_sq": flat.clone(), KEY: {}}
         entry = state.get(shard.param)
-        own = _write(shard, entry, entries[index]) if entry else None
+        slice_p = method.switches(group_of[place]).slice_p
+        own = _write(shard, entry, entries[index], slice_p) if entry else None
         entries[index][KEY][place] = {"start": shard.start, "numel": shard.numel, "at": shard.at, "state": own}
     groups = partition.numbered_groups()
-    groups[0] = {**groups[0], KEY: _for_all_ranks(partition, state, groups)}
+    groups[0] = {**groups[0], KEY: _for_all_ranks(method, partition, state, groups)}
     return {"state": entries, "param_groups": groups}
 
 
@@ -78,7 +80,8 @@ def from_deepspeed(method: Method, partition: Partition, state_dict: dict[str, A
                 "round_robin_gradients, parameter_alignment, sub_group_size), or make a universal checkpoint of it"
             )
         if kept["state"] is not None:
-            loaded[shard.param] = _read(shard, entry, kept["state"])
+            slice_p = method.switches(group_of[place]).slice_p
+            loaded[shard.param] = _read(shard, entry, kept["state"], slice_p)
             with of_the_checkpoint(f"parameter {place} of the checkpoint", "what was saved"):
                 check_state(method, shard, loaded[shard.param], group_of[place])
     _take_over(partition, state, loaded, groups)
@@ -117,10 +120,11 @@ def from_universal(method: Method, partition: Partition, state: State) -> None:
                 "here: build the optimizer with the parameters and groups the checkpoint was made with"
             )
         rest = {name: value for name, value in whole.items() if name != "shape"}
+        slice_p = method.switches(group_of[place]).slice_p
         for name in SAMPLED:
             if name in rest:
-                rest[name] = shard.extract_samples(rest[name])
-        loaded[shard.param] = _read(shard, state[shard.flat], rest)
+                rest[name] = shard.extract_samples(rest[name], slice_p)
+        loaded[shard.param] = _read(shard, state[shard.flat], rest, slice_p)
         with of_the_checkpoint(f"parameter {place} of the universal checkpoint", "what was saved"):
             check_state(method, shard, loaded[shard.param], group_of[place])
     _take_over(partition, state, loaded, groups)
@@ -142,15 +146,17 @@ def _take_over(partition: Partition, state: State, loaded: State, groups: list[d
     state.update(loaded)
 
 
-def _for_all_ranks(partition: Partition, state: State, groups: list[dict[str, Any]]) -> dict[str, Any]:
+def _for_all_ranks(method: Method, partition: Partition, state: State, groups: list[dict[str, Any]]) -> dict[str, Any]:
     """What a universal checkpoint needs besides the flat tensors; the parameters' part on rank 0 only."""
     params: dict[int, Entry] = {}
+    group_of = _groups_by_place(partition, groups)
     for place, shard in partition.slices.items():
         if state.get(shard.param):
+            slice_p = method.switches(group_of[place]).slice_p
             aside = {name: value for name, value in _aside(shard, state[shard.param]).items() if name != "y"}
             for name in SAMPLED:
                 if name in aside:
-                    aside[name] = gather_samples(shard, aside[name])
+                    aside[name] = gather_samples(shard, aside[name], slice_p)
             params[place] = {**_on_cpu(aside), "shape": shard.shape}
     experts = any(len(shard.domain) != dist.get_world_size() for shard in partition.slices.values())
     # Stage 3 gives every group what the checkpoint says of the first: so all of them lie here as well.
@@ -180,10 +186,10 @@ def _is_misplaced(partition: Partition) -> bool:
 def _aside(shard: ZeroShard, entry: Entry) -> Entry:
     """What of a parameter's state has no place in the flat tensors, and what lies there.
 
-    ``in_exp_avg`` names the tensor in ``exp_avg``, ``packed`` the samples in ``exp_avg_sq``, and ``in_exp_avg_sq`` says
-    whether a second moment lies there.
+    ``in_exp_avg`` names the tensor in ``exp_avg`` (None for none), ``packed`` the samples in ``exp_avg_sq``, and
+    ``in_exp_avg_sq`` says whether a second moment lies there.
     """
-    first = "z" if "z" in entry else "exp_avg"
+    first = next((name for name in ("z", "exp_avg") if name in entry), None)
     samples = [name for name in SAMPLED if name in entry]
     packs = (
         "exp_avg_sq" not in entry
@@ -196,10 +202,11 @@ def _aside(shard: ZeroShard, entry: Entry) -> Entry:
     return {**aside, "in_exp_avg": first, "in_exp_avg_sq": squares, "packed": samples if packs else []}
 
 
-def _write(shard: ZeroShard, entry: Entry, flats: Entry) -> Entry:
+def _write(shard: ZeroShard, entry: Entry, flats: Entry, slice_p: int) -> Entry:
     """Write a parameter's state into the flat tensors, and return what has no place there."""
     aside = _aside(shard, entry)
-    shard.local(flats["exp_avg"]).copy_(entry[aside["in_exp_avg"]])
+    if aside["in_exp_avg"] is not None:
+        shard.local(flats["exp_avg"]).copy_(entry[aside["in_exp_avg"]])
     second = shard.local(flats["exp_avg_sq"])
     if "exp_avg_sq" in entry:
         second.copy_(entry["exp_avg_sq"])
@@ -207,22 +214,23 @@ def _write(shard: ZeroShard, entry: Entry, flats: Entry) -> Entry:
         # Two bf16 in each word, where a sample's second moment would be: p0 in its upper half, s in its lower.
         halves = [entry[name].view(torch.int16).int() for name in aside["packed"]]
         words = halves[0] << 16 if len(halves) == 1 else (halves[0] << 16) | (halves[1] & 0xFFFF)
-        second[shard.samples] = words.view(torch.float32).cpu()
+        second[shard.samples(slice_p)] = words.view(torch.float32).cpu()
     return _on_cpu(aside)
 
 
-def _read(shard: ZeroShard, flats: Entry, aside: Entry) -> Entry:
+def _read(shard: ZeroShard, flats: Entry, aside: Entry, slice_p: int) -> Entry:
     """The inverse of :func:`_write`, on the device of the weights."""
     device = shard.flat.device
     entry: Entry = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in aside.items()}
     first, packed = entry.pop("in_exp_avg"), entry.pop("packed")
     # The first releases did not say it: every parameter had one of the two forms.
     squares = entry.pop("in_exp_avg_sq", not set(WHOLE) & set(entry))
-    entry[first] = shard.local(flats["exp_avg"]).to(device, copy=True)
+    if first is not None:
+        entry[first] = shard.local(flats["exp_avg"]).to(device, copy=True)
     second = shard.local(flats["exp_avg_sq"]).to(device, copy=True)
     if squares:
         entry["exp_avg_sq"] = second
-    words = second[shard.samples].contiguous().view(torch.int32)
+    words = second[shard.samples(slice_p)].contiguous().view(torch.int32)
     for name, shift in zip(packed, (16, 0), strict=False):
         entry[name] = (words >> shift).to(torch.int16).view(torch.bfloat16)
     return entry

@@ -6,7 +6,6 @@ import math
 
 from torch import Tensor
 
-from ppsf_dist.algorithm.step_size import SLICE
 from ppsf_dist.deepspeed.shards import ZeroShard
 from ppsf_dist.sharding import Team
 
@@ -19,9 +18,9 @@ def gather_elements(shard: ZeroShard, local: Tensor) -> Tensor:
     return whole
 
 
-def gather_samples(shard: ZeroShard, local: Tensor) -> Tensor:
-    """The samples of the whole parameter, every 11th element of it."""
-    whole = local.new_zeros(-(-math.prod(shard.shape) // SLICE))
-    shard.extract_samples(whole).copy_(local)
+def gather_samples(shard: ZeroShard, local: Tensor, slice_p: int) -> Tensor:
+    """The samples of the whole parameter."""
+    whole = local.new_zeros(-(-math.prod(shard.shape) // slice_p))
+    shard.extract_samples(whole, slice_p).copy_(local)
     Team(shard.group).fill_(whole)
     return whole

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppsf_dist.deepspeed.checkpoints import KEY, from_deepspeed, from_universal, is_universal, to_deepspeed
-from ppsf_dist.deepspeed.refresh import refresh_model
+from ppsf_dist.deepspeed.refresh import refresh_model, show_late
 from ppsf_dist.deepspeed.shards import Partition, ZeroShard, find_partition, is_trained
 from ppsf_dist.methods.base import Method
 from ppsf_dist.sharding import Group, Layout, Member, Part, Shard, State, plain_shard
@@ -62,8 +62,11 @@ class ZeroLayout(Layout):
         trained = [[param for param in params if is_trained(param)] for params in self.given]
         refresh_model([(self._slices[params[0]].flat, params) for params in trained if params])
 
-    def state_dict(self, state: State) -> dict[str, Any]:
-        return to_deepspeed(self.partition, state)
+    def show(self, params: Sequence[Tensor]) -> None:
+        show_late([self._slices[param] for param in params])
+
+    def state_dict(self, method: Method, state: State) -> dict[str, Any]:
+        return to_deepspeed(method, self.partition, state)
 
     def load_state_dict(self, method: Method, state_dict: dict[str, Any], state: State) -> bool:
         if KEY not in state_dict["param_groups"][0]:

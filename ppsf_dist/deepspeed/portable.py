@@ -112,7 +112,10 @@ class _Run:
     def whole_states(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The state of each parameter, in portable form, on the rank that writes it."""
         for place, (name, shard) in enumerate(self.shards.items()):
-            entry = {key: _gathered(shard, key, value) for key, value in self.optimizer.state[shard.param].items()}
+            entry = {
+                key: _gathered(shard, key, value, self._switches[shard.param].slice_p)
+                for key, value in self.optimizer.state[shard.param].items()
+            }
             if entry and _writes(place):
                 portable = to_portable(
                     Shard(shard.param, shard.shape, (whole(shard.shape),)), entry, self._switches[shard.param]
@@ -124,7 +127,7 @@ class _Run:
         for place, (name, value) in enumerate(self._tensors()):
             shard = self._shard(value)
             if shard is not None:
-                tensor = _gathered(shard, "z", shard.weights())
+                tensor = gather_elements(shard, shard.weights()) if isinstance(shard, ZeroShard) else shard.weights()
             else:
                 with deepspeed.zero.GatheredParameters(_partitioned(value)):
                     tensor = value.detach().clone()
@@ -171,10 +174,10 @@ class _Run:
         return self.shards.get(self._name_of.get(id(value), ""))
 
 
-def _gathered(shard: Shard, key: str, value: Any) -> Any:
+def _gathered(shard: Shard, key: str, value: Any, slice_p: int) -> Any:
     if isinstance(shard, ZeroShard) and key in LIKE_PARAMETER:
         return gather_elements(shard, value)
-    return gather_samples(shard, value) if isinstance(shard, ZeroShard) and key in SAMPLED else value
+    return gather_samples(shard, value, slice_p) if isinstance(shard, ZeroShard) and key in SAMPLED else value
 
 
 def _writes(place: int) -> bool:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ppsf_dist.deepspeed.shards import ZeroShard
+
 
 @torch.no_grad()
 def refresh_model(groups: Sequence[tuple[Tensor, Sequence[Any]]]) -> None:
@@ -25,17 +27,36 @@ def refresh_model(groups: Sequence[tuple[Tensor, Sequence[Any]]]) -> None:
             _refresh_stage_1_or_2(flat, params[0])
 
 
+@torch.no_grad()
+def show_late(shards: Sequence[ZeroShard]) -> None:
+    """Copy partitions into the model that were written after DeepSpeed had done so, but has yet to gather others."""
+    at_stage_3 = {id(shard.flat): shard for shard in shards if _is_stage_3(shard.param)}
+    for shard in at_stage_3.values():
+        optimizer: Any = shard.param._z3_optimizer  # type: ignore[attr-defined]
+        sub_group = next(i for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat) if flat is shard.flat)
+        optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+    for shard in {id(shard.flat): shard for shard in shards if not _is_stage_3(shard.param)}.values():
+        _own_part(shard.flat, shard.param).copy_(shard.flat)
+
+
 def _is_stage_3(param: Any) -> bool:
     return hasattr(param, "_z3_optimizer")
 
 
 def _refresh_stage_1_or_2(flat: Tensor, param: Any) -> None:
-    """The low-precision parameters of a group lie in one storage, cut into equal parts for the ranks."""
-    everything = torch.empty(0, dtype=param.dtype, device=param.device).set_(param.data.untyped_storage())
-    rank, ranks = dist.get_rank(param._dp_group), dist.get_world_size(param._dp_group)
-    own = everything[: ranks * flat.numel()].view(ranks, flat.numel())[rank]
+    own = _own_part(flat, param)
     own.copy_(flat)
-    dist.all_gather_single(everything[: ranks * flat.numel()], own.clone(), group=param._dp_group)
+    dist.all_gather_single(_everything(flat, param), own.clone(), group=param._dp_group)
+
+
+def _everything(flat: Tensor, param: Any) -> Tensor:
+    """The low-precision parameters of a group lie in one storage, cut into equal parts for the ranks."""
+    storage = torch.empty(0, dtype=param.dtype, device=param.device).set_(param.data.untyped_storage())
+    return storage[: dist.get_world_size(param._dp_group) * flat.numel()]
+
+
+def _own_part(flat: Tensor, param: Any) -> Tensor:
+    return _everything(flat, param).view(-1, flat.numel())[dist.get_rank(param._dp_group)]
 
 
 def _refresh_stage_3(optimizer: Any) -> None:

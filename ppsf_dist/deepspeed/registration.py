@@ -8,10 +8,11 @@ import torch
 from deepspeed.runtime.zero import utils
 
 from ppsf_dist.deepspeed.config import build
+from ppsf_dist.optimizers.prodigy import Prodigy
 from ppsf_dist.optimizers.prodigy_plus import ProdigyPlusScheduleFree
 from ppsf_dist.optimizers.sgd_schedulefree import SGDScheduleFree
 
-OPTIMIZERS = (ProdigyPlusScheduleFree, SGDScheduleFree)
+OPTIMIZERS = (Prodigy, ProdigyPlusScheduleFree, SGDScheduleFree)
 
 
 def register() -> None:

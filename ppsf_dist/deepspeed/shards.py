@@ -10,7 +10,6 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from ppsf_dist.algorithm.step_size import SLICE
 from ppsf_dist.sharding import Shard, flat_range
 
 Group = dict[str, Any]
@@ -45,15 +44,14 @@ class ZeroShard(Shard):
     def extract(self, value: Tensor) -> Tensor:
         return value.reshape(-1).narrow(0, self.start, self.numel)
 
-    @property
-    def samples(self) -> slice:
+    def samples(self, slice_p: int) -> slice:
         """The sampled elements of the slice, relative to it."""
-        return slice(-self.start % SLICE, self.numel, SLICE)
+        return slice(-self.start % slice_p, self.numel, slice_p)
 
-    def extract_samples(self, whole: Tensor) -> Tensor:
+    def extract_samples(self, whole: Tensor, slice_p: int) -> Tensor:
         """This rank's part of the samples of the whole parameter."""
-        first = -(-self.start // SLICE)
-        return whole.narrow(0, first, len(range(self.numel)[self.samples]))
+        first = -(-self.start // slice_p)
+        return whole.narrow(0, first, len(range(self.numel)[self.samples(slice_p)]))
 
 
 def is_trained(param: Tensor) -> bool:

@@ -6,6 +6,7 @@ The picture of a step is in :mod:`ppsf_dist.engine.step`, what it is planned fro
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,11 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ppsf_dist.engine.group_numbers import News
 from ppsf_dist.engine.plan import Plan
 from ppsf_dist.engine.planning import Owner, Planner
+from ppsf_dist.engine.reports import Observer, report_of
 from ppsf_dist.engine.step import PartStep
 from ppsf_dist.engine.swap import Swap
-from ppsf_dist.methods.base import Cause, Method, StepNumbers
+from ppsf_dist.methods.base import Cause, Method, StepNumbers, Total, merged
 from ppsf_dist.sharding import Group, Layout, Part
 from ppsf_dist.sharding.slots import Disagreement, describe, share_failure
 from ppsf_dist.state.writes import Writes
@@ -27,10 +30,28 @@ ATTEMPTS = 3
 
 
 class OpenStep(NamedTuple):
-    """A step that has begun: its numbers, and the parts of it that are done."""
+    """A step that has begun.
+
+    Attributes:
+        numbers: of its groups.
+        stepped: the parts of it that have come.
+        totals: what they add up to, None before the first.
+        waiting: those that are not written before all have come, where the method's d is that of the same step.
+    """
 
     numbers: StepNumbers
-    stepped: Part
+    stepped: Part = frozenset()
+    totals: Tensor | None = None
+    waiting: tuple[PartStep, ...] = ()
+
+    def after(self, part: Part, step: PartStep, *, waits: bool) -> OpenStep:
+        """The same step when one more part has come."""
+        totals = step.contribution.totals
+        return self._replace(
+            stepped=self.stepped | part,
+            totals=totals if self.totals is None else merged([self.totals, totals]),
+            waiting=(*self.waiting, step) if waits else self.waiting,
+        )
 
 
 class Engine(Planner):
@@ -44,6 +65,8 @@ class Engine(Planner):
         super().__init__(owner, method, process_group, seed)
         self._open: OpenStep | None = None
         self._torn: str | None = None
+        # A handle keeps a weak reference to it, which a plain dict does not allow.
+        self.observers: OrderedDict[int, Observer] = OrderedDict()
 
     def settle(self) -> None:
         """As of a planner; torn state is no state to save.
@@ -53,11 +76,13 @@ class Engine(Planner):
         """
         self._refuse_torn()
         super().settle()
+        self._tell_observers()
 
     def forget(self, reason: str) -> None:
         """As of a planner; what has been begun is forgotten too."""
         super().forget(reason)
-        self._open, self._torn = None, None
+        self._drop_step()
+        self._torn, self._unheard = None, []
 
     @property
     def is_fused(self) -> bool:
@@ -155,20 +180,27 @@ class Engine(Planner):
         An exception undoes the part and drops the step, as long as the ranks have not decided; from then on everything
         is brought to its end before the exception goes on its way.
         """
-        opened = self._open or OpenStep(self._begin_step(), frozenset())
+        opened = self._open or OpenStep(self._begin_step())
+        waits = self.method.d_timing == "current"
+        ends = ends_with is not None and ends_with <= opened.stepped | part
         frozen = [self.method.is_frozen(group) for group in self.groups]
         if plan.frozen != frozen:
             plan.freeze(frozen)
         step = PartStep(plan, opened.numbers)
 
         def conclude() -> None:
-            step.write()
-            known = step.verdict.known
-            if self._open is None or (known is not None and known.cause == Cause.FAILURE):
+            # From what was there before this part, so that twice is once.
+            if self._open is None:
                 return
-            self._open = self._open._replace(stepped=self._open.stepped | part)
-            if ends_with is not None and self._open.stepped >= ends_with:
-                self._finish_step()
+            if not waits:
+                step.write()
+            known = step.verdict.known
+            if known is not None and known.cause == Cause.FAILURE:
+                plan.end()
+                return
+            self._open = opened.after(part, step, waits=waits)
+            if ends:
+                self._finish_step(step)
 
         plan.reductions.expect()
         try:
@@ -180,11 +212,11 @@ class Engine(Planner):
                 self._bring_to_its_end(conclude, "step()")
             else:
                 plan.end()
-                self._open = None
+                self._drop_step()
             raise
         known = step.verdict.known
         if known is not None and known.cause == Cause.FAILURE:
-            self._open = None
+            self._drop_step()
             share_failure(None, plan.team)
 
     def _begin_step(self) -> StepNumbers:
@@ -195,20 +227,53 @@ class Engine(Planner):
                 "evaluating, before the next forward pass"
             )
         assert self.numbers is not None
+        self.method.validate_step(self.groups)
         self.numbers.absorb(self.groups)
         return self.method.step_numbers(self.numbers, self.groups, self.seed)
 
-    def _finish_step(self) -> None:
-        """d for the next step, from the sums of all parts."""
-        if self._open is None or self.numbers is None:
-            return
-        self._open.numbers.commit()
-        news = self.numbers.publish(self.groups, wait=False)
+    def _drop_step(self) -> None:
+        """The step that has begun ends without a trace, but for parts that were written."""
+        if self._open is not None:
+            for step in self._open.waiting:
+                step.plan.end()
         self._open = None
+
+    def _finish_step(self, last: PartStep | None = None) -> None:
+        """What has waited is written, and d for the next step comes from the sums of all parts.
+
+        Args:
+            last: the part whose call this is.
+        """
+        opened = self._open
+        if opened is None or self.numbers is None or opened.totals is None:
+            return
+        if opened.waiting:
+            opened.numbers.learn(opened.totals)
+            for step in opened.waiting:
+                step.write(opened.totals[Total.CAUSE].amax())
+            late = [shard.param for step in opened.waiting if step is not last for shard in step.plan.shards]
+            if late:
+                self.current_layout().show(late)
+        opened.numbers.commit(opened.totals)
+        self._unheard += self.numbers.end_step(self.groups)
+        self._open = None
+        news = self._unheard[-1] if self._unheard else None
+        self._tell_observers()
         if news is not None:
             self._hear(news)
 
-    def _hear(self, news: list[dict[str, float]]) -> None:
+    def _tell_observers(self) -> None:
+        """Report the steps whose numbers have arrived."""
+        if self.numbers is None:
+            return
+        while self._unheard:
+            news = self._unheard.pop(0)
+            report = report_of(self.method, news, self.numbers.told)
+            self.numbers.told = news[0]
+            for observer in list(self.observers.values()):
+                observer(report)
+
+    def _hear(self, news: News) -> None:
         """What the host learns from the numbers of a step, when they arrive."""
         assert self.numbers is not None
         before, self.numbers.heard = self.numbers.heard, news[0]

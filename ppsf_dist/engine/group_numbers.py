@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -17,11 +18,14 @@ from torch import Tensor
 from ppsf_dist.engine.host import HostAccess, PendingCopy
 from ppsf_dist.methods.base import Group, Method
 
+News = list[dict[str, float]]
+"""The numbers of each group after a step, by name."""
+
 logger = logging.getLogger(__name__)
 
-VOID_NUMBERS = ("cause", "failures")
-"""Numbers of a group that stay on the device and its copies: why the last void step changed nothing, and how many steps
-failed on some rank."""
+OF_THE_STEP = ("gradient_norm", "update_norm", "cause", "failures")
+"""Numbers of a group that stay on the device and its copies: norms of the last step, why the last void step changed
+nothing, and how many steps failed on some rank."""
 
 
 class GroupNumbers:
@@ -33,21 +37,22 @@ class GroupNumbers:
         host: what the host may read when.
 
     Attributes:
-        rows: names of the rows of the table.
+        rows: names of the rows of the table: the :attr:`adaptive` numbers of the method, and :data:`OF_THE_STEP`.
         values: the table, rows by groups.
-        heard: those of the first group as the host last heard of them after a step.
+        heard, told: those of the first group as the host last heard of them after a step, and as observers were told.
     """
 
     def __init__(self, method: Method, groups: Sequence[Group], host: HostAccess) -> None:
         self._method, self._host = method, host
-        self.rows = (*method.numbers, *VOID_NUMBERS)
+        self.adaptive = tuple(method.numbers)
+        self.rows = (*self.adaptive, *OF_THE_STEP)
         self.published = [self._row(group) for group in groups]
-        rows = [[*row, *[0.0] * len(VOID_NUMBERS)] for row in self.published]
+        rows = [[*row, *[0.0] * len(OF_THE_STEP)] for row in self.published]
         self.values = host.upload(rows).t().contiguous()
         self._hyper_rows: list[tuple[float, ...]] = []
         self.hyper_table = torch.empty(0)
-        self._in_flight: PendingCopy | None = None
-        self.heard = dict(zip(self.rows, rows[0], strict=True))
+        self._in_flight: deque[PendingCopy] = deque()
+        self.heard = self.told = dict(zip(self.rows, rows[0], strict=True))
 
     def _row(self, group: Group) -> list[float]:
         return [float(group[name] or 0.0) for name in self._method.numbers]
@@ -77,7 +82,10 @@ class GroupNumbers:
                 for name, value, old in zip(names, row, before, strict=True):
                     if repr(value) != repr(old) or not self._hyper_rows:
                         _name_unsound(name, value, index)
-            self._hyper_rows, self.hyper_table = rows, self._host.upload(rows).t().contiguous()
+            table = self._host.upload(rows).t().contiguous()
+            # In place, as all that a captured graph would read.
+            self.hyper_table = self.hyper_table.copy_(table) if self._hyper_rows else table
+            self._hyper_rows = rows
         for column, group in enumerate(groups):
             if isinstance(group["lr"], Tensor):
                 self.hyper_table[names.index("lr"), column].copy_(group["lr"].detach().squeeze(), non_blocking=True)
@@ -87,35 +95,48 @@ class GroupNumbers:
         """0 for a learning rate that is a tensor, which only the device reads."""
         return self._method.hyper_row({**group, "lr": 0.0} if isinstance(group["lr"], Tensor) else group)
 
-    def publish(self, groups: Sequence[Group], *, wait: bool) -> list[dict[str, float]] | None:
-        """Copy the numbers into ``param_groups``.
+    def end_step(self, groups: Sequence[Group]) -> list[News]:
+        """Begin to copy the numbers after a step to the host, and write those that have arrived into ``param_groups``.
 
-        Args:
-            groups: the groups to write to.
-            wait: write this step's numbers, waiting for the device if need be. Without it an accelerator's groups
-                show the numbers of an earlier step, and nothing waits.
+        Nothing waits: an accelerator's groups show the numbers of an earlier step.
 
         Returns:
-            The numbers of each group by :attr:`rows`, as they have arrived; None if they have not.
+            The numbers of each step that has arrived and was not told of before, in order.
         """
         if self.values.is_meta:
-            return None
-        if wait or self._host.free:
-            self._in_flight = None
-            return self._write(groups, self.values.tolist())
-        news = None
-        if self._in_flight is not None:
-            arrived = self._in_flight.take()
-            if arrived is None:
-                return None
-            news = self._write(groups, arrived.numpy().tolist())
-        self._in_flight = self._host.start_copy(self.values)
+            return []
+        if self._host.free:
+            return [self._write(groups, self.values.tolist())]
+        news = self._arrived(groups, wait=False)
+        self._in_flight.append(self._host.start_copy(self.values))
         return news
 
-    def _write(self, groups: Sequence[Group], table: list[list[float]]) -> list[dict[str, float]]:
+    def publish(self, groups: Sequence[Group]) -> list[News]:
+        """Write the numbers as they are now into ``param_groups``, waiting for the device if need be.
+
+        Returns:
+            As :meth:`end_step`.
+        """
+        if self.values.is_meta:
+            return []
+        news = self._arrived(groups, wait=True)
+        self._write(groups, self.values.tolist())
+        return news
+
+    def _arrived(self, groups: Sequence[Group], *, wait: bool) -> list[News]:
+        news = []
+        while self._in_flight:
+            arrived = self._in_flight[0].take(wait=wait)
+            if arrived is None:
+                break
+            self._in_flight.popleft()
+            news.append(self._write(groups, arrived.numpy().tolist()))
+        return news
+
+    def _write(self, groups: Sequence[Group], table: list[list[float]]) -> News:
         news = [dict(zip(self.rows, column, strict=True)) for column in zip(*table, strict=True)]
         for column, (group, numbers) in enumerate(zip(groups, news, strict=True)):
-            for name in self._method.numbers:
+            for name in self.adaptive:
                 group[name] = self._method.plain_number(name, numbers[name])
             self.published[column] = self._row(group)
         return news

@@ -43,8 +43,10 @@ class PendingCopy:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
-    def take(self) -> Tensor | None:
-        """The copied values in the host's memory, or None if they have not arrived."""
+    def take(self, *, wait: bool = False) -> Tensor | None:
+        """The copied values in the host's memory, or None if they have not arrived and nobody waits for them."""
         if self._event is not None and not self._event.query():  # type: ignore[no-untyped-call]
-            return None
+            if not wait:
+                return None
+            self._event.synchronize()
         return self._host

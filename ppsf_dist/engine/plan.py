@@ -15,7 +15,7 @@ from ppsf_dist.algorithm.second_moment import factoring
 from ppsf_dist.engine.host import HostAccess, PendingCopy
 from ppsf_dist.engine.part_numbers import Traits
 from ppsf_dist.engine.reductions import Outcome, Reductions
-from ppsf_dist.kernels.interface import Kernels, Passes
+from ppsf_dist.kernels.interface import Buffers, Coefficients, Gates, Kernels, Passes, Scales
 from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
 from ppsf_dist.refusals import refuse_gradient, refuse_reshaped, refuse_weights
@@ -37,6 +37,7 @@ class Plan:
 
     Args:
         kernels: what computes the passes.
+        coefficients: names of the numbers that they scale with.
         shards: the local shards of all trainable parameters, in the order of ``param_groups``.
         groups_of: the group of each shard.
         table: the logical parameters as all ranks have agreed on them.
@@ -54,6 +55,7 @@ class Plan:
     def __init__(
         self,
         kernels: Kernels,
+        coefficients: Sequence[str],
         shards: Sequence[Shard],
         groups_of: Sequence[int],
         table: SlotTable,
@@ -83,7 +85,6 @@ class Plan:
         self._state = state
         for shard, index, group in zip(shards, self.slot_of_shard, groups_of, strict=True):
             self._complete_state(shard, index, switches[group], state[shard.param])
-        self.passes = self._prepare(frozen)
         self._first = self._a_state_tensor()
         self._unseen = [
             (shard, slot)
@@ -97,8 +98,10 @@ class Plan:
         self.reduces_sums_early = any(
             f is not None and not switches[s.group].adopt for f, s in zip(factored, table.slots, strict=True)
         )
-        self.adopts = bool(len(self.moments)) and any(switches[s.group].adopt for s in table.slots)
         self.needs_norms = any(switches[s.group].needs_norms for s in table.slots)
+        masks_late = any(switches[s.group].counts_mask_late for s in table.slots)
+        # Whether the denominator is read before the last sum.
+        self.divides_early = self.needs_norms or masks_late
         self.reductions = Reductions(
             team,
             len(table.slots),
@@ -106,7 +109,26 @@ class Plan:
             device,
             sums_early=self.reduces_sums_early,
             needs_norms=self.needs_norms,
-            masks_late=any(switches[s.group].counts_mask_late for s in table.slots),
+            masks_late=masks_late,
+        )
+        self.buffers = self._make_buffers(coefficients)
+        self.passes = self._prepare(frozen)
+
+    def _make_buffers(self, coefficients: Sequence[str]) -> Buffers:
+        device, slots, masks = self.parameters.device, len(self.slots), self.reductions.masks
+
+        def flags() -> Tensor:
+            return torch.zeros(slots, dtype=torch.bool, device=device)
+
+        return Buffers(
+            coefficients=Coefficients(coefficients, slots, device),
+            factors=torch.zeros_like(self.moments.values),
+            scales=torch.zeros(len(Scales._fields), slots, dtype=torch.float32, device=device),
+            keys=torch.zeros(slots, dtype=torch.int32, device=device),
+            gates=Gates(flags(), flags()),
+            sums=self.reductions.sums,
+            stats=self.reductions.table.stats,
+            masks=None if masks is None else masks.stats,
         )
 
     def _complete_state(self, shard: Shard, slot: int, switches: Switches, state: dict[str, Any]) -> None:
@@ -136,7 +158,9 @@ class Plan:
     def _prepare(self, frozen: Sequence[bool]) -> Passes:
         self.frozen = list(frozen)
         switch_of = [self._as_frozen(self._switches[group], group) for group in self._groups_of]
-        return self._kernels.prepare(self.shards, self.slot_of_shard, switch_of, self.moments, self._state)
+        return self._kernels.prepare(
+            self.shards, self.slot_of_shard, switch_of, self.moments, self._state, self.buffers
+        )
 
     def _as_frozen(self, switches: Switches, group: int) -> Switches:
         """Switches of a group, without statistics once its step size no longer adapts."""
@@ -159,7 +183,7 @@ class Plan:
 
     def _a_state_tensor(self) -> Tensor | None:
         entry = self._state[self.shards[0].param]
-        return entry.get("z", entry.get("exp_avg"))
+        return next((entry[name] for name in ("z", "exp_avg", "exp_avg_sq") if name in entry), None)
 
     def capture_unseen(self) -> None:
         """Let parameters that have not had a gradient yet start from where they are now."""
@@ -170,11 +194,12 @@ class Plan:
             known = steps.tolist()
             self._unseen = [(shard, slot) for shard, slot in self._unseen if not known[slot]]
         for shard, slot in self._unseen:
+            slice_p = self._switches[self.slots[slot].group].slice_p
             state, weights, seen = self._state[shard.param], shard.weights(), steps[slot] > 0
             if "z" in state:
                 state["z"].copy_(torch.where(seen, state["z"], weights))
             if "p0" in state:
-                now = samples_of(shard, weights).to(state["p0"].dtype)
+                now = samples_of(shard, weights, slice_p).to(state["p0"].dtype)
                 state["p0"].copy_(torch.where(seen, state["p0"], now))
         if not self.host.free:
             self._unseen = [(s, slot) for s, slot in self._unseen if s.gradient() is None]
@@ -266,8 +291,8 @@ def _initial(entry: Entry, shard: Shard, switches: Switches) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=weights.device)
     if entry.lies is Lies.SAMPLED:
         if entry.holds is Holds.POINT:
-            return samples_of(shard, weights).to(dtype)
-        return torch.zeros(sample_count(shard), dtype=dtype, device=weights.device)
+            return samples_of(shard, weights, switches.slice_p).to(dtype)
+        return torch.zeros(sample_count(shard, switches.slice_p), dtype=dtype, device=weights.device)
     if entry.holds is Holds.POINT:
         return weights.detach().clone()
     return torch.zeros_like(weights)

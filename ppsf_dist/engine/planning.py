@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ppsf_dist.engine.group_numbers import GroupNumbers
+from ppsf_dist.engine.group_numbers import GroupNumbers, News
 from ppsf_dist.engine.host import HostAccess
 from ppsf_dist.engine.plan import Plan
 from ppsf_dist.engine.reductions import Outcome, Reductions
@@ -75,6 +75,7 @@ class Planner:
         self.team: Team | None = None
         self.plans: dict[Part, Plan] = {}
         self.numbers: GroupNumbers | None = None
+        self._unheard: list[News] = []
         self._layout: Layout | None = None
         self._trained: tuple[Layout, list[bool], dict[Tensor, Shard]] | None = None
         self._domains: frozenset[tuple[int, ...]] = frozenset()
@@ -137,7 +138,7 @@ class Planner:
         slots = self.slots(layout, members, shards)
         if self.numbers is not None and not (team.is_alone and all(s.prodigy_steps == 0 for s in switches)):
             # Ranks compare these numbers, and k says which groups are frozen: late copies will not do.
-            self.numbers.publish(self.groups, wait=True)
+            self._unheard += self.numbers.publish(self.groups)
         table = agree_on_slots(shards, slots, self.common(), self.settings(), team)
         unseen = [not self.state.get(param, {}).get("step") for param in params]
         before = {param: set(self.state[param]) for param in params if param in self.state}
@@ -147,8 +148,9 @@ class Planner:
                 self.host = HostAccess(shards[0].weights().device)
             frozen = [self.method.is_frozen(group) for group in self.groups]
             plan = Plan(
-                self.kernels, shards, groups_of, table, switches, frozen, team, self.host, self.state, signature
-            )
+                self.kernels, self.method.coefficients, shards, groups_of, table, switches, frozen, team, self.host,
+                self.state, signature,
+            )  # fmt: skip
             if self.numbers is None or len(self.numbers.published) != len(self.groups):
                 self.numbers = GroupNumbers(self.method, self.groups, self.host)
         except Exception as error:
@@ -281,7 +283,7 @@ class Planner:
             # Groups that somebody has put into param_groups by hand come with the next plan.
             known = self.groups[: len(self.numbers.published)]
             self.numbers.absorb(known)
-            self.numbers.publish(known, wait=True)
+            self._unheard += self.numbers.publish(known)
 
     def forget(self, reason: str) -> None:
         """Start anew from ``state`` and ``param_groups``, which somebody has replaced.

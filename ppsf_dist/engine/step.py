@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor
 
-from ppsf_dist.engine.part_numbers import PartNumbers, Verdict
+from ppsf_dist.engine.part_numbers import Contribution, PartNumbers, Verdict
 from ppsf_dist.engine.plan import Plan
+from ppsf_dist.kernels.interface import KnownGates
 from ppsf_dist.methods.base import Cause, StepNumbers
 from ppsf_dist.methods.sums import Stat
-from ppsf_dist.state.writes import Writes
+from ppsf_dist.state.writes import Write, Writes
+
+
+class Prepared(NamedTuple):
+    """What is written beside the passes: factored moments, numbers of the parameters, and where they may be."""
+
+    moments: Tensor
+    parameters: Tensor
+    known: KnownGates | None
 
 
 class PartStep:
@@ -22,82 +32,93 @@ class PartStep:
     """
 
     def __init__(self, plan: Plan, step: StepNumbers) -> None:
-        self._plan, self._step = plan, step
+        self.plan, self._step = plan, step
         self._writes = Writes()
+        self._prepared: Prepared | None = None
         self._unsound_weights: Tensor | None = None
 
     def measure(self) -> None:
         """The upper half of the picture: pass 1, reduce 1, moments, pass 2, reduce 2 (and a third for late masks)."""
-        plan, passes, reductions = self._plan, self._plan.passes, self._plan.reductions
+        plan, passes, reductions = self.plan, self.plan.passes, self.plan.reductions
         plan.capture_unseen()
         plan.begin(self._step.unsound)
-        coefficients, stats = self.numbers.coefficients, reductions.table.stats
+        self.numbers.begin(plan.moments)
 
-        passes.pass_1(coefficients, self._factors_before, reductions.sums, stats)
+        passes.pass_1()
         if plan.reduces_sums_early:
             reductions.reduce()
+        if plan.divides_early:
+            self._fill_factors()
         if plan.needs_norms:
-            passes.pass_2(coefficients, self._factors, stats)
+            passes.pass_2()
         if plan.needs_norms or not plan.reduces_sums_early:
             reductions.reduce()
         if reductions.masks is not None:
-            scales = self.numbers.scales(stats)
-            passes.count_masks(coefficients, self._factors, scales, reductions.masks.stats)
+            self.numbers.fill_scales(reductions.table.stats)
+            passes.count_masks()
             reductions.reduce()
 
-    def write(self) -> None:
-        """The lower half: moments, pass 3, numbers. Nothing, if there is a cause not to."""
-        plan, writes = self._plan, self._writes
-        # All that reads what is written below comes first.
-        moments, factors, scales, verdict = self._moments, self._factors, self._scales, self.verdict
+    def write(self, cause: Tensor | None = None) -> None:
+        """The lower half: moments, pass 3, numbers. Nothing, if there is a cause not to.
+
+        Args:
+            cause: what all parts of the step have found, where they are written together.
+        """
+        plan, writes = self.plan, self._writes
+        if self._prepared is None:
+            # All that reads what is written below.
+            self._prepared = self._prepare(self.verdict.cause if cause is None else cause)
+        moments, parameters, known = self._prepared
+        gate = plan.buffers.gates.moments
         writes.restart()
-        writes.put(lambda: plan.moments.committed(moments, verdict.gates.moments))
-        plan.passes.pass_3(self.numbers.coefficients, factors, scales, verdict.gates, self.numbers.keys, writes)
-        writes.put(lambda: self.numbers.committed(plan.reductions.table.stats, verdict))
+        writes.put(lambda: plan.moments.committed(moments, gate))
+        plan.passes.pass_3(known, writes)
+        writes.put(lambda: [Write([plan.parameters], [parameters.where(gate, plan.parameters)])])
         plan.end()
+
+    def _fill_factors(self) -> None:
+        """The denominator of this step; with ADOPT for all that is factored it stays that of the step before."""
+        if self.plan.reduces_sums_early:
+            self.numbers.fill_factors(self.plan.moments, self._moments)
+
+    def _prepare(self, cause: Tensor) -> Prepared:
+        plan, numbers, stats = self.plan, self.numbers, self.plan.reductions.table.stats
+        numbers.fill_coefficients()
+        if not plan.divides_early:
+            self._fill_factors()
+        if plan.reductions.masks is not None:
+            stats[:, Stat.LATE_MASK] = plan.reductions.masks.stats[:, Stat.LATE_MASK]
+        numbers.fill_scales(stats)
+        known = numbers.fill_gates(self.verdict._replace(cause=cause), plan.host)
+        return Prepared(self._moments, self.contribution.parameters, known)
 
     @cached_property
     def numbers(self) -> PartNumbers:
         """The numbers of this part's parameters."""
-        return PartNumbers(self._step, self._plan.parameters, self._plan.traits)
+        plan = self.plan
+        return PartNumbers(self._step, plan.parameters, plan.traits, plan.buffers)
 
     @cached_property
     def verdict(self) -> Verdict:
         """What all ranks have decided: whether this part is written, and for what cause it is not."""
-        reductions = self._plan.reductions
-        verdict = self.numbers.verdict(reductions, self._plan.host)
+        verdict = self.numbers.verdict(self.plan.reductions, self.plan.host)
         asks = verdict.known is not None and verdict.known.cause in (Cause.GRADIENT, Cause.WEIGHTS)
         return verdict.with_cause(Cause.WEIGHTS) if asks and self._weights_are_unsound() else verdict
 
     @cached_property
+    def contribution(self) -> Contribution:
+        """What this part adds to its step."""
+        return self.numbers.contribution(self.plan.reductions.table.stats, self.verdict)
+
+    @cached_property
     def _moments(self) -> Tensor:
         """The factored moments after the step, in scratch."""
-        return self.numbers.moments(self._plan.moments, self._plan.reductions.sums)
-
-    @cached_property
-    def _factors_before(self) -> Tensor:
-        """Square roots of the moments before the step, if anybody asks for them."""
-        moments = self._plan.moments
-        return moments.factors(moments.values) if self._plan.adopts else moments.values
-
-    @cached_property
-    def _factors(self) -> Tensor:
-        """Square roots for the denominator: of the moments after the step, under ADOPT of those before it."""
-        if not self._plan.reduces_sums_early:
-            return self._factors_before
-        return self.numbers.factors(self._plan.moments, self._moments)
-
-    @cached_property
-    def _scales(self) -> Tensor:
-        reductions = self._plan.reductions
-        if reductions.masks is not None:
-            reductions.table.stats[:, Stat.LATE_MASK] = reductions.masks.stats[:, Stat.LATE_MASK]
-        return self.numbers.scales(reductions.table.stats)
+        return self.numbers.moments(self.plan.moments, self.plan.reductions.sums)
 
     def _weights_are_unsound(self) -> bool:
         """Whether it is the weights, on any rank, that made the gradients what they are. All ranks ask together."""
         if self._unsound_weights is None:
-            team, count = self._plan.team, self._plan.count_unsound_weights()
+            team, count = self.plan.team, self.plan.count_unsound_weights()
             try:
                 team.sum_(count, why="the search for weights that are not finite")
             finally:

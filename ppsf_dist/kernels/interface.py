@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -20,16 +20,17 @@ class Coefficients:
 
     Args:
         names: of the rows.
-        table: names by parameters, fp32.
+        slots: number of parameters.
+        device: of the table.
     """
 
-    def __init__(self, names: tuple[str, ...], table: Tensor) -> None:
-        self.names, self.table = names, table
+    def __init__(self, names: Iterable[str], slots: int, device: torch.device) -> None:
+        self.names = tuple(names)
+        self.table = torch.zeros(len(self.names), slots, dtype=torch.float32, device=device)
 
-    @classmethod
-    def of(cls, named: Mapping[str, Tensor]) -> Coefficients:
-        """Vectors over parameters (fp64), rounded once."""
-        return cls(tuple(named), torch.stack(list(named.values())).float())
+    def fill(self, named: Mapping[str, Tensor]) -> None:
+        """Write vectors over parameters (fp64), rounded once."""
+        self.table.copy_(torch.stack([named[name] for name in self.names]))
 
     def __getitem__(self, name: str) -> Tensor:
         return self.table[self.names.index(name)]
@@ -48,27 +49,46 @@ class Scales(NamedTuple):
     """``amount * delta``"""
 
 
-@dataclass(frozen=True)
-class Gates:
-    """Which parameters are written, decided on the device.
-
-    Attributes:
-        moments: bool vector over parameters: the second moment is updated.
-        weights: bool vector: everything else is.
-        known: both as lists where the host may read them without waiting (parameters on a CPU), else None.
-    """
+class Gates(NamedTuple):
+    """Which parameters are written, decided on the device: bool vectors over parameters."""
 
     moments: Tensor
+    """The second moment is updated."""
     weights: Tensor
-    known: Sequence[Sequence[bool]] | None
+    """Everything else is."""
+
+
+KnownGates = tuple[Sequence[bool], Sequence[bool]]
+"""Both as lists, where the host may read them without waiting (parameters on a CPU)."""
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """What the passes share with the engine: tensors that live as long as the plan, written in place, never rebound.
+
+    Attributes:
+        coefficients: numbers of the step that scale the formulas.
+        factors: square roots of the factored moments, flat, fp32.
+        scales: the table of :class:`Scales`, fp32.
+        keys: of stochastic rounding, int32 vector over parameters.
+        gates: what pass 3 writes.
+        sums: sums of g^2 by row and column, flat, fp32; added to by pass 1.
+        stats: the table of sums, parameters by :class:`ppsf_dist.methods.sums.Stat`, fp64; added to by passes 1 and 2.
+        masks: another one, added to by ``count_masks``; None where no switch asks for it.
+    """
+
+    coefficients: Coefficients
+    factors: Tensor
+    scales: Tensor
+    keys: Tensor
+    gates: Gates
+    sums: Tensor
+    stats: Tensor
+    masks: Tensor | None
 
 
 class Passes(Protocol):
-    """What a backend has prepared for one plan: the passes over everything in it. 1 and 2 only read; 3 writes.
-
-    Args of the passes: ``stats`` is the table of sums (parameters by :class:`ppsf_dist.methods.sums.Stat`), added to in
-    place; ``factors`` is the flat buffer of square roots of the factored moments.
-    """
+    """What a backend has prepared for one plan: the passes over everything in it. 1 and 2 only read; 3 writes."""
 
     def bind(self) -> None:
         """Look up this step's weights and gradients, which a framework may have replaced since the last."""
@@ -76,21 +96,23 @@ class Passes(Protocol):
     def release(self) -> None:
         """Let go of the gradients, so that the next backward pass finds their memory free."""
 
-    def pass_1(self, coefficients: Coefficients, factors: Tensor, sums: Tensor, stats: Tensor) -> None:
-        """Sums of g^2 by row and column into ``sums`` (flat, fp32), and all sums that need nothing of this step."""
+    def pass_1(self) -> None:
+        """Sums of g^2 by row and column, and all sums that need nothing of this step."""
 
-    def pass_2(self, coefficients: Coefficients, factors: Tensor, stats: Tensor) -> None:
+    def pass_2(self) -> None:
         """Norms of the direction and its angle with the weights."""
 
-    def count_masks(self, coefficients: Coefficients, factors: Tensor, scales: Tensor, stats: Tensor) -> None:
+    def count_masks(self) -> None:
         """Size of the mask of the schedule-free cautious update."""
 
-    def pass_3(
-        self, coefficients: Coefficients, factors: Tensor, scales: Tensor, gates: Gates, keys: Tensor, writes: Writes
-    ) -> None:
+    def pass_3(self, known: KnownGates | None, writes: Writes) -> None:
         """Write y, z, the elementwise moments and s, through ``writes``: an exception in here is a pause.
 
         Called again with the same arguments it goes on where the exception has ended it.
+
+        Args:
+            known: the gates, where the host may read them.
+            writes: the writes of the step.
         """
 
 
@@ -104,6 +126,7 @@ class Kernels(Protocol):
         switches: Sequence[Switches],
         moments: FactoredMoments,
         state: Mapping[Tensor, Mapping[str, Any]],
+        buffers: Buffers,
     ) -> Passes:
         """Once for a plan: how tensors are cut, where they lie, which formulas run on them.
 
@@ -114,4 +137,5 @@ class Kernels(Protocol):
             moments: the factored buffer, which knows the parameters that it holds and the places of their rows.
             state: state tensors of each parameter, laid out like its local weights (``p0`` and ``s``: one value for
                 each sample).
+            buffers: what the passes share with the engine.
         """

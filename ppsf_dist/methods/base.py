@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from dataclasses import replace
 from difflib import get_close_matches
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from ppsf_dist.methods.rules import NOT_NEGATIVE, SWITCH, Rule, check_lr, checke
 from ppsf_dist.methods.switches import Switches
 
 Group = dict[str, Any]
+
+AVERAGING = ("delta", "c", "q", "beta1", "weight_decay", "keep", "gain")
+"""The coefficients of a method that has no others."""
 
 _A_TYPO = 0.85
 """How like an argument a key must be to be taken for it: weight_decay_mult (0.83) may be meant, use_sped (0.94) not."""
@@ -35,6 +38,27 @@ class Cause(IntEnum):
     """A rank could not step, or has another plan."""
 
 
+class Total(IntEnum):
+    """What the parts of a step add up to, rows by groups."""
+
+    NUMERATOR = 0
+    DENOMINATOR = 1
+    MOVED = 2
+    """How many parameters have moved."""
+    GRADIENT_SQUARE = 3
+    """Sum of g^2."""
+    UPDATE_SQUARE = 4
+    """Square of the update's length before decay and masks. NaN where no pass measures it."""
+    CAUSE = 5
+    """The largest :class:`Cause` of a part that changed nothing."""
+
+
+def merged(parts: Sequence[Tensor]) -> Tensor:
+    """The totals of several parts (rows by :class:`Total`)."""
+    every = torch.stack(list(parts))
+    return torch.cat((every[:, : Total.CAUSE].sum(0), every[:, Total.CAUSE].amax(0, keepdim=True)))
+
+
 class Parameters(Protocol):
     """What the numbers of a step know of the parameters of a plan: vectors over them, on the device.
 
@@ -42,12 +66,13 @@ class Parameters(Protocol):
         group_of: the group of each.
         updates: how many updates each has had.
         adopt_first: whether this is the first step of one that ADOPT steps.
-        focus_fixed, momentum_of_d: see :class:`ppsf_dist.engine.part_numbers.Traits`.
+        gain_is_d, focus_fixed, momentum_of_d: see :class:`ppsf_dist.engine.part_numbers.Traits`.
     """
 
     group_of: Tensor
     updates: Tensor
     adopt_first: Tensor
+    gain_is_d: Tensor
     focus_fixed: Tensor
     momentum_of_d: Tensor
 
@@ -57,6 +82,7 @@ class GroupTable(Protocol):
 
     values: Tensor
     rows: tuple[str, ...]
+    adaptive: tuple[str, ...]
     hyper_table: Tensor
 
     def __getitem__(self, name: str) -> Tensor: ...
@@ -67,15 +93,15 @@ class GroupTable(Protocol):
 class StepNumbers(ABC):
     """The numbers of one step that belong to a group: what it starts with, and what its parts add up to.
 
-    A method's subclass sets :attr:`delta`, :attr:`c` and :attr:`q`, vectors over groups in fp64.
+    A method's subclass sets :attr:`delta`, with Schedule-Free :attr:`c` and :attr:`q` too: vectors over groups in fp64.
 
     Attributes:
         delta: length of the step.
         c: share of z in the new average.
         q: share of the step that y takes at once.
         adapts: whether the sums of a group still count (bool).
-        totals: the sums of the parts so far, rows by groups: numerator, denominator, whether anything moved, and the
-            :class:`Cause` of a part that changed nothing.
+        pauses: whether a group stands still, sums and moments included (bool).
+        moves: whether a group is written, as far as that is known before the sums are (bool).
         unsound: how many groups have a number that is not finite.
     """
 
@@ -88,18 +114,20 @@ class StepNumbers(ABC):
         self.hyper = numbers.hyper(groups)
         self.k = numbers["k"].clone()
         self.adapts = torch.ones_like(self.k, dtype=torch.bool)
-        self.totals = torch.zeros(4, len(groups), dtype=torch.float64, device=self.k.device)
+        self.pauses, self.moves = torch.zeros_like(self.adapts), self.adapts
+        self.c, self.q = torch.zeros_like(self.k), torch.ones_like(self.k)
         self.unsound = (~(numbers.hyper_table.isfinite().all(0) & self._is_sound())).sum()
         self._after: Tensor | None = None
 
     def _is_sound(self) -> Tensor:
         """Whether each group's adaptive numbers are finite."""
-        return self._numbers.values.isfinite().all(0)
+        return torch.stack([self._numbers[name] for name in self._numbers.adaptive]).isfinite().all(0)
 
     def coefficients(self, of: Parameters) -> dict[str, Tensor]:
         """The numbers that scale the formulas, by name: vectors over parameters.
 
-        These are those of Schedule-Free; what else its formulas need a method adds.
+        These are those of Schedule-Free; what else its formulas need a method adds, and lists all of them in
+        :attr:`Method.coefficients`.
         """
         group, h = of.group_of, self.hyper
         decay, delta = h["weight_decay"][group], self.delta[group]
@@ -110,6 +138,7 @@ class StepNumbers(ABC):
             "beta1": h["beta1"][group],
             "weight_decay": decay,
             "keep": 1 - decay * delta,
+            "gain": torch.ones_like(delta),
         }
 
     def contributions(self, stats: Tensor, of: Any, counted: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,39 +153,52 @@ class StepNumbers(ABC):
         zero = torch.zeros_like(stats[:, 0])
         return zero, zero
 
-    def commit(self) -> None:
+    def learn(self, totals: Tensor) -> None:
+        """Take in the sums of all parts before anything is written: where :attr:`Method.d_timing` is "current".
+
+        Args:
+            totals: rows by :class:`Total`. Coefficients and :attr:`moves` are asked for again afterwards.
+        """
+        return
+
+    def commit(self, totals: Tensor) -> None:
         """The numbers after the step. Only the count of causes if it was void.
 
         An exception leaves them as they were, or as they will be: call it again to bring it to its end.
+
+        Args:
+            totals: what its parts add up to, rows by :class:`Total`.
         """
         if self._after is None:
-            self._after = self._numbers_after()
+            self._after = self._numbers_after(totals)
         self._numbers.values.copy_(self._after)
 
-    def _numbers_after(self) -> Tensor:
+    def _numbers_after(self, totals: Tensor) -> Tensor:
         rows, after = self._numbers.rows, self._numbers.values.clone()
-        _, _, moved, cause = self.totals
-        ok = (cause == Cause.NOTHING).all()
+        cause = totals[Total.CAUSE]
+        ok = (cause == Cause.NOTHING).all() & self.moves.any()
 
         def put(name: str, value: Tensor, where: Tensor) -> Tensor:
             row = after[rows.index(name)]
             return row.copy_(torch.where(where & ok, value, row))
 
-        self._adapt(put, moved > 0)
+        self._adapt(put, totals)
         after[rows.index("k")].add_(ok)
         after[rows.index("skipped_steps")].add_((cause == Cause.GRADIENT) | (cause == Cause.NUMBER))
         after[rows.index("failures")].add_(cause == Cause.FAILURE)
         void = after[rows.index("cause")]
         void.copy_(torch.where(ok, void, cause))
+        after[rows.index("gradient_norm")].copy_(totals[Total.GRADIENT_SQUARE].sqrt())
+        after[rows.index("update_norm")].copy_(totals[Total.UPDATE_SQUARE].sqrt())
         return after
 
     @abstractmethod
-    def _adapt(self, put: Callable[[str, Tensor, Tensor], Tensor], moved: Tensor) -> None:
+    def _adapt(self, put: Callable[[str, Tensor, Tensor], Tensor], totals: Tensor) -> None:
         """Put the adaptive numbers after the step.
 
         Args:
             put: ``put(name, value, where)`` sets a number of the groups in ``where``, and returns all of them.
-            moved: bool vector over groups: a parameter of it has moved.
+            totals: what the parts of the step add up to, rows by :class:`Total`.
         """
 
 
@@ -170,6 +212,9 @@ class Method(ABC):
         rules: what arguments allow that are one number or switch each; lr has its own.
         numbers: the adaptive numbers of a group, with their start.
         number_rules: what those allow.
+        coefficients: names of the numbers of a step that scale its formulas.
+        d_timing: "next": a step writes with the d that it began with. "current": with the d that its own sums make, so
+            that of a step in several parts nothing is written before the last of them has its sums.
         hyper: numbers that are read from a group's arguments at each step (:meth:`hyper_row` fills them).
         structural: arguments that decide which state there is: a checkpoint made with other ones does not fit.
         foreign: what the reference keeps in groups and state for itself and nothing here needs.
@@ -183,6 +228,8 @@ class Method(ABC):
     rules: Mapping[str, Rule]
     numbers: Mapping[str, float]
     number_rules: Mapping[str, Rule]
+    coefficients: tuple[str, ...] = AVERAGING
+    d_timing: Literal["next", "current"] = "next"
     hyper: tuple[str, ...]
     structural: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
@@ -293,6 +340,14 @@ class Method(ABC):
                         f"{name} is {groups[0][name]!r} in group 0 and {group[name]!r} in group {index}, but it is a "
                         f"property {why}"
                     )
+
+    def validate_step(self, groups: Sequence[Group]) -> None:
+        """Check what a schedule may have written since the last step, before this one changes anything.
+
+        Raises:
+            ValueError: arguments that do not go together.
+        """
+        return
 
     def refuse_foreign(self, group: Mapping[str, Any], where: str) -> None:
         """Refuse a group of a checkpoint that another optimizer has made.

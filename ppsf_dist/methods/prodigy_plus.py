@@ -5,7 +5,6 @@ Names, order and defaults of the arguments are those of prodigy-plus-schedule-fr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -14,16 +13,16 @@ from torch import Tensor
 
 from ppsf_dist.algorithm import averaging, second_moment, step_size
 from ppsf_dist.algorithm.step_size import SpeedState, StepSize, StepSizeRule
-from ppsf_dist.methods.base import Group, GroupTable, Method, Parameters, StepNumbers
+from ppsf_dist.methods.base import AVERAGING, Group, GroupTable, Method, Parameters, StepNumbers, Total
 from ppsf_dist.methods.rules import (
     ANY,
     DECAY,
-    FP32,
     NOT_NEGATIVE,
     POSITIVE,
     SWITCH,
     Rule,
-    checked,
+    check_betas,
+    check_step_size,
     integer,
     or_none,
 )
@@ -31,6 +30,9 @@ from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
 
 _AN_ORDINARY_LEARNING_RATE = 0.01
+
+SLICE_P = 11
+"""The reference samples every 11th element."""
 
 ARGUMENTS: dict[str, Any] = {
     "lr": 1.0,
@@ -97,6 +99,7 @@ class ProdigyPlusNumbers(StepNumbers):
         one = torch.ones_like(d)
         return super().coefficients(of) | {
             "d": d,
+            "gain": torch.where(of.gain_is_d, d, one),
             "d_eps": d * h["eps"][group],
             "momentum_weight": (1 - beta1) * torch.where(of.momentum_of_d, d, one),
             "beta2": beta2,
@@ -134,13 +137,14 @@ class ProdigyPlusNumbers(StepNumbers):
             denominator = torch.where(speed, speed_denominator, denominator)
         return torch.where(counted, numerator, zero), torch.where(counted, denominator, zero)
 
-    def _adapt(self, put: Callable[[str, Tensor, Tensor], Tensor], moved: Tensor) -> None:
+    def _adapt(self, put: Callable[[str, Tensor, Tensor], Tensor], totals: Tensor) -> None:
+        moved = totals[Total.MOVED] > 0
         h, first = self.hyper, self._groups[0]
         pooled = not first["split_groups"]
         adapts = self.adapts[:1].expand_as(self.d) if pooled else self.adapts
         everywhere = torch.ones_like(adapts)
         d = self.d
-        for name, value in vars(self._adapted(pooled)).items():
+        for name, value in vars(self._adapted(totals, pooled)).items():
             after = put(name, value, adapts)
             d = after if name == "d" else d
         put("d_prev", self.d, adapts)
@@ -150,10 +154,10 @@ class ProdigyPlusNumbers(StepNumbers):
         if first["split_groups"] and first["split_groups_mean"]:
             put("shared_d", step_size.harmonic_mean(d).expand_as(d), everywhere)
 
-    def _adapted(self, pooled: bool) -> StepSize:
+    def _adapted(self, totals: Tensor, pooled: bool) -> StepSize:
         """The step size after the step; with one for all groups, group 0's arguments and the sums of all."""
         h = self.hyper
-        numerator, denominator = self.totals[0], self.totals[1]
+        numerator, denominator = totals[Total.NUMERATOR], totals[Total.DENOMINATOR]
         if pooled:
             numerator, denominator = (x.sum().expand_as(x) for x in (numerator, denominator))
         history = (self._numbers[n] for n in ("d_numerator", "d_denom", "prev_d_numerator", "max_d_numerator"))
@@ -214,6 +218,10 @@ class ProdigyPlus(Method):
         "lr", "beta1", "beta2", "beta3", "weight_decay", "d0", "d_coef", "eps", "prodigy_steps", "schedulefree_c",
         *_HYPER_SWITCHES,
     )  # fmt: skip
+    coefficients = (
+        *AVERAGING, "d", "d_eps", "momentum_weight", "beta2", "square_weight", "focus_correction", "clamp", "beta3",
+        "s_weight",
+    )  # fmt: skip
     structural = ("use_schedulefree", "use_speed", "use_focus", "factored", "factored_fp32")
     foreign = ("optimiser_version", "running_d_numerator", "running_d_denom", "exp_avg_sq_metadata")
     interpolation = "betas[0]"
@@ -228,6 +236,9 @@ class ProdigyPlus(Method):
             factored_fp32=group["factored_fp32"],
             statistics=True,
             prodigy_steps=group["prodigy_steps"],
+            slice_p=SLICE_P,
+            # bf16 rounds the starting point by 2^-9 (docs/differences.md, O1 and O2).
+            samples="halved" if group["reference_quirks"] else "fp32",
             speed=group["use_speed"],
             weight_decay=group["weight_decay"] != 0,
             weight_decay_by_lr=group["weight_decay_by_lr"],
@@ -263,16 +274,13 @@ class ProdigyPlus(Method):
         return None if name == "shared_d" and value == 0 else super().plain_number(name, value)
 
     def validate_group(self, group: MutableMapping[str, Any], *, lr_may_be_zero: bool = True) -> None:
-        betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise ValueError(f"betas={betas!r} is out of range: allowed is a pair (beta1, beta2)")
-        group["betas"] = tuple(checked(f"betas[{index}]", beta, DECAY) for index, beta in enumerate(betas))
+        check_betas(group)
         super().validate_group(group, lr_may_be_zero=lr_may_be_zero)
-        _check_step_size("d0", group)
+        check_step_size("d0", group)
 
     def validate_numbers(self, group: MutableMapping[str, Any]) -> None:
         super().validate_numbers(group)
-        _check_step_size("d", group)
+        check_step_size("d", group)
 
     def validate_together(self, groups: Sequence[Group]) -> None:
         super().validate_together(groups)
@@ -331,22 +339,6 @@ class ProdigyPlus(Method):
                 "limits d before it multiplies by d_coef; pass d_limiter=False or reference_quirks=False"
             )
         return said
-
-
-def _check_step_size(name: str, group: Mapping[str, Any]) -> None:
-    """Refuse a step size with which the fp32 numbers of a step overflow, or lose digits as they come near to zero."""
-    value, d0, beta2, eps = group[name], group["d0"], group["betas"][1], group["eps"]
-    # Of d0 itself the third number, its power of 1.5, is within fp32 wherever its square is.
-    root = math.sqrt(d0) if name == "d" else 1.0
-    least = math.sqrt(FP32.tiny * max(1 / (1 - beta2), root))
-    most = math.sqrt(FP32.max * min(1.0, root))
-    least, most = max(least, FP32.tiny / (eps or 1)), min(most, FP32.max / (eps or 1))
-    if not least <= value <= most:
-        raise ValueError(
-            f"{name}={value!r} is out of range: with betas[1]={beta2}, eps={eps} and d0={d0} allowed is {least:.2g} <= "
-            f"{name} <= {most:.2g}, where {name}**2 * (1 - betas[1]), {name}**2 / sqrt(d0) and {name} * eps are normal "
-            "numbers of fp32"
-        )
 
 
 PRODIGY_PLUS = ProdigyPlus()

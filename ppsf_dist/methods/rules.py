@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -101,6 +101,34 @@ def check_lr(group: MutableMapping[str, Any], rule: Rule) -> None:
         raise ValueError(f"Tensor lr must be 1-element: it has shape {tuple(lr.shape)}")
     elif not lr.is_meta:
         checked("lr", lr.item(), rule)
+
+
+def check_betas(group: MutableMapping[str, Any]) -> None:
+    """Check a group's pair of betas, and make it a tuple of Python's own numbers.
+
+    Raises:
+        ValueError: it is no pair, or one of them is out of range.
+    """
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas={betas!r} is out of range: allowed is a pair (beta1, beta2)")
+    group["betas"] = tuple(checked(f"betas[{index}]", beta, DECAY) for index, beta in enumerate(betas))
+
+
+def check_step_size(name: str, group: Mapping[str, Any]) -> None:
+    """Refuse a step size with which the fp32 numbers of a step overflow, or lose digits as they come near to zero."""
+    value, d0, beta2, eps = group[name], group["d0"], group["betas"][1], group["eps"]
+    # Of d0 itself the third number, its power of 1.5, is within fp32 wherever its square is.
+    root = math.sqrt(d0) if name == "d" else 1.0
+    least = math.sqrt(FP32.tiny * max(1 / (1 - beta2), root))
+    most = math.sqrt(FP32.max * min(1.0, root))
+    least, most = max(least, FP32.tiny / (eps or 1)), min(most, FP32.max / (eps or 1))
+    if not least <= value <= most:
+        raise ValueError(
+            f"{name}={value!r} is out of range: with betas[1]={beta2}, eps={eps} and d0={d0} allowed is {least:.2g} <= "
+            f"{name} <= {most:.2g}, where {name}**2 * (1 - betas[1]), {name}**2 / sqrt(d0) and {name} * eps are normal "
+            "numbers of fp32"
+        )
 
 
 def validate_seed(seed: Any) -> int:

@@ -25,7 +25,7 @@ class SGDNumbers(StepNumbers):
         self.c, self._weight_sum = averaging.share(weight, numbers["weight_sum"])
         self.q = 1 - h["beta1"] * (1 - self.c)
 
-    def _adapt(self, put: Callable[[str, Tensor, Tensor], Tensor], moved: Tensor) -> None:
+    def _adapt(self, put: Callable[[str, Tensor, Tensor], Tensor], totals: Tensor) -> None:
         everywhere = self.k >= 0
         put("scheduled_lr", self.delta, everywhere)
         put("lr_max", self._lr_max, everywhere)

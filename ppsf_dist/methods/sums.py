@@ -30,3 +30,5 @@ class Stat(IntEnum):
     """Sum of w u."""
     LATE_MASK = 10
     """Number of elements whose finished update and step of y agree."""
+    GG = 11
+    """Sum of g^2."""

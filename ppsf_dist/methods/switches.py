@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -13,12 +14,16 @@ class Switches:
 
     Attributes:
         schedulefree: z and an average in place of a momentum.
+        momentum: without that, a momentum at all.
         second_moment: the direction is divided by the root of a second moment; without one it is the gradient.
         factored, factored_fp32: that moment is kept as row and column means, in fp32 whatever the weights' dtype.
         statistics: Prodigy's sums over samples are taken. False once ``prodigy_steps`` has frozen a step size.
         prodigy_steps: when that will be; 0 for never.
+        slice_p: every so-manyth element of the flattened logical parameter is sampled.
+        samples: dtype of the samples p0 and s: fp32, that of the weights, or bf16 of fp32 weights and that of others.
         speed: they are SPEED's.
         weight_decay, weight_decay_by_lr: weights decay, in proportion to the step.
+        coupled_decay: they are added to the gradient.
         atan2: the direction is 4/pi atan2(g, sqrt(v)).
         stableadamw: the direction is bounded by its root mean square.
         stochastic_rounding: of 16-bit weights.
@@ -27,14 +32,18 @@ class Switches:
     """
 
     schedulefree: bool
+    momentum: bool = True
     second_moment: bool = False
     factored: bool = False
     factored_fp32: bool = True
     statistics: bool = False
     prodigy_steps: int = 0
+    slice_p: int = 1
+    samples: Literal["fp32", "like weights", "halved"] = "fp32"
     speed: bool = False
     weight_decay: bool = False
     weight_decay_by_lr: bool = True
+    coupled_decay: bool = False
     atan2: bool = False
     stableadamw: bool = False
     stochastic_rounding: bool = False

@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from ppsf_dist.compiling import uncompiled
 from ppsf_dist.engine.engine import Engine
+from ppsf_dist.engine.reports import Observer
 from ppsf_dist.methods.base import Group, Method
 from ppsf_dist.methods.rules import naming, validate_seed
 from ppsf_dist.refusals import refuse_process_group, refuse_zero_redundancy
@@ -157,6 +159,24 @@ class DistributedOptimizer(Optimizer):
             return
         self._engine.switch(train=True, keep=False)
 
+    def observe(self, observer: Observer) -> RemovableHandle:
+        """Let a function know of every step: d and its sums, norms of gradient and update, and whether it was skipped.
+
+        It costs no wait: what it gets comes with the numbers that go to the host anyway. On a CPU it is called at the
+        end of the step itself; on an accelerator in a later call of ``step()``, or in one that waits for the device
+        (:meth:`state_dict`, :attr:`skipped_steps`). Steps come in order, each once; those that have not been told of
+        when a checkpoint is loaded are not. It may be set on one rank alone: all have the same numbers.
+
+        Args:
+            observer: called with a :class:`ppsf_dist.StepReport`. An exception in it comes after the end of the step.
+
+        Returns:
+            A handle whose ``remove()`` takes the observer away.
+        """
+        handle = RemovableHandle(self._engine.observers)
+        self._engine.observers[handle.id] = observer
+        return handle
+
     @property
     def skipped_steps(self) -> int:
         """How many steps changed nothing because a gradient was not finite. Waits for the device."""
@@ -186,7 +206,7 @@ class DistributedOptimizer(Optimizer):
 
     def _state_dict(self) -> dict[str, Any]:
         layout = self._engine.current_layout()
-        own = layout.state_dict(self.state)
+        own = layout.state_dict(self.method, self.state)
         if own is not None:
             return own
         if any(isinstance(entries, dict) and "step" in entries for entries in self.state.values()):
@@ -253,3 +273,16 @@ class DistributedOptimizer(Optimizer):
         super().__setstate__(state)
         self._engine = Engine(self, self.method, None, self._seed)
         self._engine.given, self._engine.all_groups = given, all_groups
+
+
+class AdaptiveOptimizer(DistributedOptimizer):
+    """What the optimizers have in common that find their step size d."""
+
+    def get_d(self) -> list[float]:
+        """The step size d of each parameter group. Waits for the device."""
+        self._engine.settle()
+        return [group["d"] for group in self.param_groups]
+
+    def get_d_estimate(self) -> float:
+        """The step size in use; the largest where groups differ. Waits for the device."""
+        return max(self.get_d())

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ppsf_dist.compiling import uncompiled
 from ppsf_dist.methods.prodigy_plus import PRODIGY_PLUS
-from ppsf_dist.optimizers.base import DistributedOptimizer, Params
+from ppsf_dist.optimizers.base import AdaptiveOptimizer, Params
 
 
-class ProdigyPlusScheduleFree(DistributedOptimizer):
+class ProdigyPlusScheduleFree(AdaptiveOptimizer):
     """Prodigy's step size, Schedule-Free averaging and factored second moments: no learning rate, no schedule.
 
     The result does not depend on how parameters are sharded: give it the parameters of a model on one device, under
@@ -149,12 +149,3 @@ class ProdigyPlusScheduleFree(DistributedOptimizer):
     def supports_fused_back_pass(self) -> bool:
         """True; trainers ask."""
         return True
-
-    def get_d(self) -> list[float]:
-        """The step size d of each parameter group. Waits for the device."""
-        self._engine.settle()
-        return [group["d"] for group in self.param_groups]
-
-    def get_d_estimate(self) -> float:
-        """The step size in use; the largest where groups differ. Waits for the device."""
-        return max(self.get_d())

@@ -101,7 +101,10 @@ class Layout:
     def refresh(self) -> None:
         """Let the model see that ``train()`` or ``eval()`` has changed the weights. Collective."""
 
-    def state_dict(self, state: State) -> dict[str, Any] | None:
+    def show(self, params: Sequence[Tensor]) -> None:
+        """Let the framework see weights that were written after the call of ``step()`` that was about them."""
+
+    def state_dict(self, method: Method, state: State) -> dict[str, Any] | None:
         """The state in the form that the framework's checkpoints need, or None if any form will do."""
         return None
 

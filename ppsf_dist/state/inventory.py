@@ -9,7 +9,6 @@ from enum import Enum
 import torch
 
 from ppsf_dist.algorithm.second_moment import factoring
-from ppsf_dist.algorithm.step_size import statistics_dtype
 from ppsf_dist.methods.switches import Switches
 
 
@@ -57,7 +56,10 @@ def _of_factors(weights: torch.dtype, switches: Switches) -> torch.dtype:
 
 
 def _of_samples(weights: torch.dtype, switches: Switches) -> torch.dtype:
-    return statistics_dtype(weights, quirks=switches.quirks)
+    if switches.samples == "fp32":
+        return torch.float32
+    halved = switches.samples == "halved" and weights == torch.float32
+    return torch.bfloat16 if halved else weights
 
 
 def _is_factored(switches: Switches, factored: bool) -> bool:
@@ -66,7 +68,7 @@ def _is_factored(switches: Switches, factored: bool) -> bool:
 
 TENSORS = (
     Entry("z", Lies.LIKE_PARAMETER, Holds.POINT, lambda s, _: s.schedulefree, _of_weights),
-    Entry("exp_avg", Lies.LIKE_PARAMETER, Holds.SUM, lambda s, _: not s.schedulefree, _of_weights),
+    Entry("exp_avg", Lies.LIKE_PARAMETER, Holds.SUM, lambda s, _: not s.schedulefree and s.momentum, _of_weights),
     Entry("exp_avg_sq", Lies.LIKE_PARAMETER, Holds.SQUARES, lambda s, f: s.second_moment and not f, _of_weights),
     Entry("exp_avg_sq_row", Lies.WHOLE, Holds.SQUARES, _is_factored, _of_factors),
     Entry("exp_avg_sq_col", Lies.WHOLE, Holds.SQUARES, _is_factored, _of_factors),

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ppsf_dist.algorithm.second_moment import factoring
-from ppsf_dist.algorithm.step_size import SLICE
 from ppsf_dist.methods.base import Method
 from ppsf_dist.methods.rules import naming, plain
 from ppsf_dist.methods.switches import Switches
@@ -52,12 +51,12 @@ def to_portable(shard: Shard, state: dict[str, Any], switches: Switches) -> dict
         elif name in WHOLE:
             portable[name] = value.clone()
         elif name in SAMPLED:
-            portable[name] = shard.spread_rows(_by_row(shard, value))
+            portable[name] = shard.spread_rows(_by_row(shard, value, switches.slice_p))
         else:
             portable[name] = value
     for name in SAMPLED if switches.statistics and "p0" not in state and set(state) & {*LIKE_PARAMETER} else ():
         # Freed by prodigy_steps; the keys of a checkpoint do not depend on when it was made.
-        freed = shard.weights().new_zeros(shard.row_count, row_width(shard.shape))
+        freed = shard.weights().new_zeros(shard.row_count, row_width(shard.shape, switches.slice_p))
         portable[name] = shard.spread_rows(freed)
     return portable
 
@@ -193,7 +192,7 @@ def read_state(
 
 
 def _to_local(method: Method, shard: Shard, saved: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
-    weights = shard.weights()
+    weights, slice_p = shard.weights(), method.switches(group).slice_p
     local: dict[str, Any] = {}
     for name, value in saved.items():
         if name in (*LIKE_PARAMETER, *WHOLE, *SAMPLED):
@@ -204,7 +203,7 @@ def _to_local(method: Method, shard: Shard, saved: dict[str, Any], group: dict[s
         elif name in WHOLE:
             local[name] = _on(_whole(value), weights).float().clone()
         elif name in SAMPLED:
-            local[name] = _on(_samples_from(shard, name, value), weights)
+            local[name] = _on(_samples_from(shard, name, value, slice_p), weights)
         elif name not in method.foreign:
             local[name] = _on(value, weights).clone() if isinstance(value, Tensor) else deepcopy(value)
     if not set(local) & {*LIKE_PARAMETER, *WHOLE, *SAMPLED, *PARAMETER_NUMBERS}:
@@ -273,34 +272,36 @@ def _check_dtype(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value.dtype}: allowed is {', '.join(map(str, DTYPES))}")
 
 
-def row_width(shape: Sequence[int]) -> int:
+def row_width(shape: Sequence[int], slice_p: int) -> int:
     """Columns of the by-row form of the samples: no row of a parameter holds more."""
-    return -(-math.prod(shape[1:]) // SLICE)
+    return -(-math.prod(shape[1:]) // slice_p)
 
 
-def _places(shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
+def _places(shard: Shard, slice_p: int) -> tuple[Tensor, Tensor, Tensor]:
     """Global index, row within the shard, and column in the by-row form, of each sample of a shard."""
     index = torch.cat(
         [
-            box.flat_start + sample_indices(box) if box.is_flat else box.flat_index()[sample_indices(box)]
+            box.flat_start + sample_indices(box, slice_p)
+            if box.is_flat
+            else box.flat_index()[sample_indices(box, slice_p)]
             for box in shard.boxes
         ]
         or [torch.empty(0, dtype=torch.int64)]
     )
     row = max(1, math.prod(shard.shape[1:]))
-    return index, index // row - shard.first_row, index % row // SLICE
+    return index, index // row - shard.first_row, index % row // slice_p
 
 
-def _by_row(shard: Shard, samples: Tensor) -> Tensor:
-    _, row, column = _places(shard)
-    matrix = samples.new_zeros(shard.row_count, row_width(shard.shape))
+def _by_row(shard: Shard, samples: Tensor, slice_p: int) -> Tensor:
+    _, row, column = _places(shard, slice_p)
+    matrix = samples.new_zeros(shard.row_count, row_width(shard.shape, slice_p))
     matrix[row.to(samples.device), column.to(samples.device)] = samples
     return matrix
 
 
-def _samples_from(shard: Shard, name: str, value: Tensor) -> Tensor:
-    index, row, column = _places(shard)
-    total = -(-math.prod(shard.shape) // SLICE)
+def _samples_from(shard: Shard, name: str, value: Tensor, slice_p: int) -> Tensor:
+    index, row, column = _places(shard, slice_p)
+    total = -(-math.prod(shard.shape) // slice_p)
     if value.dim() == 0 and shard.shape and name == "p0" and not value.item():
         # The reference stores one zero for a parameter that starts at zero.
         return value.expand(len(index)).clone()
@@ -308,8 +309,8 @@ def _samples_from(shard: Shard, name: str, value: Tensor) -> Tensor:
         if len(value) != total:
             raise ValueError(f"{name} has {len(value)} samples, but {total} are needed: it is another model's")
         whole = _whole(value)
-        return whole[(index // SLICE).to(whole.device)]
+        return whole[(index // slice_p).to(whole.device)]
     rows = shard.shape[0] if shard.shape else 1
-    _check_shape(name, value, (rows, row_width(shard.shape)))
+    _check_shape(name, value, (rows, row_width(shard.shape, slice_p)))
     local = shard.extract_rows(value)
     return local[row.to(local.device), column.to(local.device)]

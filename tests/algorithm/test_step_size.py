@@ -64,9 +64,6 @@ def test_speed_grows_with_the_root_of_its_progress_up_to_the_limit() -> None:
 def test_small_forms() -> None:
     assert float(step_size.prodigy_weight(number(4), number(16))) == 4
     assert float(step_size.harmonic_mean(torch.tensor([1.0, 3.0]))) == pytest.approx(1.5)
-    assert step_size.statistics_dtype(torch.float32, quirks=True) == torch.bfloat16
-    assert step_size.statistics_dtype(torch.float16, quirks=True) == torch.float16
-    assert step_size.statistics_dtype(torch.float16, quirks=False) == torch.float32
 
 
 def test_samples_are_rounded_to_their_dtype() -> None:

@@ -11,15 +11,18 @@ import torch
 from torch import nn
 
 from ppsf_dist.deepspeed import load_checkpoint, save_checkpoint
-from tests.deepspeed.engines import config, feed, full_weights, gradients_for, make_engine
+from tests.deepspeed.engines import config, feed, full_weights, gradients_for, make_engine, model_weights
 from tests.harness.models import initial_weights, named_shapes
 from tests.harness.pool import run
-from tests.runs import Run, difference, make_other
+from tests.runs import Run, check_same, make_other
 
 pytestmark = pytest.mark.deepspeed
 STEPS = 6
 SHAPES = named_shapes("small")
-CLASSES: dict[str, dict[str, Any]] = {"SGDScheduleFree": {"lr": 0.1, "weight_decay": 0.1, "warmup_steps": 3}}
+CLASSES: dict[str, dict[str, Any]] = {
+    "SGDScheduleFree": {"lr": 0.1, "weight_decay": 0.1, "warmup_steps": 3},
+    "Prodigy": {"d0": 1e-4, "weight_decay": 0.1, "use_bias_correction": True},
+}
 
 
 @functools.cache
@@ -82,14 +85,35 @@ def whole(name: str, stage: int) -> Run:
 
 def check(runs: list[Run], name: str) -> None:
     for left in runs:
-        assert left.groups == single(name).groups
-        assert difference(left, single(name))["weights"] <= 1e-6
+        check_same(left, single(name))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_stage(name: str, stage: int) -> None:
     check(run(2, whole, name, stage), name)
+
+
+def computes_with(name: str, stage: int) -> tuple[Run, Run]:
+    """Weights in bf16 of the model, and those in fp32 that they are a copy of."""
+    sub_groups = {"sub_group_size": 1000} if stage == 3 else {}
+    settings = config(stage, torch.bfloat16, **sub_groups) | {"optimizer": {"type": name, "params": CLASSES[name]}}
+    engine = make_engine(SHAPES, settings, dtype=torch.bfloat16, groups=2, named=True)
+    for gradients in gradients_for(SHAPES, STEPS, torch.bfloat16):
+        feed(engine, gradients)
+    model, optimizer = model_weights(engine), full_weights(engine)
+    engine.destroy()
+    return Run({}, model, {}), Run(initial_weights(SHAPES, dtype=torch.bfloat16), optimizer, {})
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_model_computes_with_what_every_group_has_written(name: str, stage: int) -> None:
+    """Also of groups that are written after DeepSpeed has made its copy, for d comes from the last of them."""
+    for model, optimizer in run(2, computes_with, name, stage):
+        for key, weights in optimizer.weights.items():
+            assert not torch.equal(weights, optimizer.start[key].float())
+            assert torch.equal(model.weights[key], weights.to(torch.bfloat16)), key
 
 
 @pytest.mark.parametrize("portable", [False, True], ids=["deepspeeds", "ours"])

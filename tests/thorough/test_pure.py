@@ -12,7 +12,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ppsf_dist.algorithm.step_size import SLICE
 from ppsf_dist.sharding import flat_range
 from ppsf_dist.state.samples import sample_indices
 from tests.harness.layouts import set_grads, shard_parameters
@@ -40,17 +39,23 @@ def try_all(check: Callable[..., None], cases: int, **strategies: st.SearchStrat
 def test_samples(amount: Amount, tally: Tally) -> None:
     """Parameters cut into flat ranges anywhere, by hypothesis: the pieces hold the samples of the whole."""
 
-    def check(shape: Shape, cuts: list[float]) -> None:
+    def check(shape: Shape, cuts: list[float], slice_p: int) -> None:
         tally.tried += 1
         total = math.prod(shape)
         bounds = [0, *sorted(int(cut * total) for cut in cuts), total]
         boxes = [
             box for low, high in zip(bounds, bounds[1:], strict=False) for box in flat_range(shape, low, high - low)
         ]
-        samples = [int(index) for box in boxes for index in box.flat_index()[sample_indices(box)]]
-        assert samples == list(range(0, total, SLICE))
+        samples = [int(index) for box in boxes for index in box.flat_index()[sample_indices(box, slice_p)]]
+        assert samples == list(range(0, total, slice_p))
 
-    try_all(check, amount(5_000, 50), shape=SHAPES, cuts=st.lists(st.floats(0, 1), max_size=5))
+    try_all(
+        check,
+        amount(5_000, 50),
+        shape=SHAPES,
+        cuts=st.lists(st.floats(0, 1), max_size=5),
+        slice_p=st.sampled_from([1, 2, 8, 11]),
+    )
     tally.conclude()
 
 

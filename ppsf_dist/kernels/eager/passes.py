@@ -17,7 +17,7 @@ from ppsf_dist.algorithm import direction, rounding, step_size
 from ppsf_dist.kernels.eager.tile import TileView
 from ppsf_dist.kernels.eager.work import Work, plan_work
 from ppsf_dist.kernels.eager.workspace import Workspace
-from ppsf_dist.kernels.interface import Coefficients, Gates, Scales
+from ppsf_dist.kernels.interface import Buffers, KnownGates, Scales
 from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
 from ppsf_dist.sharding import Shard
@@ -38,15 +38,16 @@ class EagerKernels:
         switches: Sequence[Switches],
         moments: FactoredMoments,
         state: Mapping[Tensor, Mapping[str, Any]],
+        buffers: Buffers,
     ) -> EagerPasses:
-        return EagerPasses(self._workspace, plan_work(shards, slots, switches, moments, state))
+        return EagerPasses(self._workspace, plan_work(shards, slots, switches, moments, state), buffers)
 
 
 class EagerPasses:
     """Implements :class:`ppsf_dist.kernels.interface.Passes`, work by work and tile by tile."""
 
-    def __init__(self, workspace: Workspace, works: Sequence[Work]) -> None:
-        self._workspace, self.works = workspace, works
+    def __init__(self, workspace: Workspace, works: Sequence[Work], buffers: Buffers) -> None:
+        self._workspace, self.works, self._buffers = workspace, works, buffers
 
     def bind(self) -> None:
         for work in self.works:
@@ -56,16 +57,17 @@ class EagerPasses:
         for work in self.works:
             work.release()
 
-    def pass_1(self, coefficients: Coefficients, factors: Tensor, sums: Tensor, stats: Tensor) -> None:
+    def pass_1(self) -> None:
+        sums, stats = self._buffers.sums, self._buffers.stats
         for work in self.works:
             if not work.owned:
-                self._check_finite(work, coefficients, stats)
+                self._check_finite(work)
                 continue
             switches = work.switches
             row_sums = None if work.row_index is None else torch.zeros_like(work.row_index, dtype=torch.float32)
             col_sums = None if work.col_index is None else torch.zeros_like(work.col_index, dtype=torch.float32)
-            local = self._local_stats(work, stats)
-            for view in self._tiles(work, coefficients, factors if switches.adopt else None):
+            local = self._local_stats(work)
+            for view in self._tiles(work, factored=switches.adopt):
                 square = torch.mul(view.g, view.g, out=self._workspace.take("u", view.g, view.shape))
                 if row_sums is not None and col_sums is not None and work.row_axis is not None:
                     assert work.col_axis is not None
@@ -73,6 +75,7 @@ class EagerPasses:
                     view.tile.cut_axes(col_sums).add_(square.sum(work.col_axis + 1, keepdim=True))
                 else:
                     local[:, Stat.LARGEST_SQUARE] += _largest(square)
+                    local[:, Stat.GG] += _dot(view.g)
                 if switches.statistics:
                     self._sample_sums(view, local)
                 if switches.counts_mask_early:
@@ -82,14 +85,15 @@ class EagerPasses:
                 sums.index_add_(0, work.row_index.view(-1), row_sums.view(-1))
                 sums.index_add_(0, work.col_index.view(-1), col_sums.view(-1))
                 local[:, Stat.LARGEST_SQUARE] += _largest(row_sums)
+                local[:, Stat.GG] += _sum(row_sums)
             stats.index_add_(0, work.slot_index, local)
 
-    def pass_2(self, coefficients: Coefficients, factors: Tensor, stats: Tensor) -> None:
+    def pass_2(self) -> None:
         for work in self.works:
             if not (work.owned and work.switches.needs_norms):
                 continue
-            local = self._local_stats(work, stats)
-            for view in self._tiles(work, coefficients, factors):
+            local = self._local_stats(work)
+            for view in self._tiles(work):
                 u = view.direction()[0]
                 if work.switches.orthograd:
                     # fp64: the part of u orthogonal to w comes from a difference of these sums.
@@ -97,40 +101,33 @@ class EagerPasses:
                     local[:, Stat.WW] += _sum(w * w)
                     local[:, Stat.WU] += _sum(w * u)
                 local[:, Stat.UU] += _dot(u.double() if work.switches.adopt else u)
-            stats.index_add_(0, work.slot_index, local)
+            self._buffers.stats.index_add_(0, work.slot_index, local)
 
-    def count_masks(self, coefficients: Coefficients, factors: Tensor, scales: Tensor, stats: Tensor) -> None:
+    def count_masks(self) -> None:
+        assert self._buffers.masks is not None
         for work in self.works:
             if not (work.owned and work.switches.counts_mask_late):
                 continue
-            local = self._local_stats(work, stats)
-            of_work = Scales(*_columns(scales, work))
-            for view in self._tiles(work, coefficients, factors):
+            local = self._local_stats(work)
+            of_work = Scales(*_columns(self._buffers.scales, work))
+            for view in self._tiles(work):
                 y = view.weights()
                 u = view.finished(view.direction()[0], of_work, y)
                 mask = view.masked_step(u, y, view.load_state("z"))[1]
                 assert mask is not None
                 local[:, Stat.LATE_MASK] += _sum(mask)
-            stats.index_add_(0, work.slot_index, local)
+            self._buffers.masks.index_add_(0, work.slot_index, local)
 
-    def pass_3(
-        self,
-        coefficients: Coefficients,
-        factors: Tensor,
-        scales: Tensor,
-        gates: Gates,
-        keys: Tensor,
-        writes: Writes,
-    ) -> None:
+    def pass_3(self, known: KnownGates | None, writes: Writes) -> None:
         for work in self.works:
-            moment_gate, weight_gate = (_gate(gates, which, work) for which in (0, 1))
+            moment_gate, weight_gate = (self._gate(known, which, work) for which in (0, 1))
             if moment_gate is False:
                 continue
-            of_work = Scales(*_columns(scales, work))
-            c, of_axes = _named(coefficients, work), _of_axes(factors, work)
+            of_work = Scales(*_columns(self._buffers.scales, work))
+            c, of_axes = self._coefficients(work), self._of_axes(work)
             for tile in work.tiles:
                 view = partial(TileView, self._workspace, work, tile, c, of_axes)
-                writes.put(partial(self._stepped, view, of_work, moment_gate, weight_gate, keys))
+                writes.put(partial(self._stepped, view, of_work, moment_gate, weight_gate))
 
     def _stepped(
         self,
@@ -138,7 +135,6 @@ class EagerPasses:
         scales: Scales,
         moment_gate: Tensor | bool,
         weight_gate: Tensor | bool,
-        keys: Tensor,
     ) -> Iterator[Write]:
         """What a tile holds after the step."""
         view = make_view()
@@ -154,7 +150,7 @@ class EagerPasses:
             yield _gated(view.sample_pieces("s"), new, weight_gate)
         y, z = self._moved(view, u, scales)
         if view.work.switches.stochastic_rounding and view.weight_pieces[0].dtype == torch.bfloat16:
-            bits = self._random_bits(view, keys)
+            bits = self._random_bits(view)
             y = rounding.round_half_(y, rounding.high_half(bits))
             if z is not None and view.work.states["z"][0].dtype == torch.bfloat16:
                 z = rounding.round_half_(z, rounding.low_half(bits))
@@ -193,7 +189,7 @@ class EagerPasses:
             new_y.addcmul_(old_y, c.weight_decay * c.q, value=-1)
         return new_y, new_z
 
-    def _random_bits(self, view: TileView, keys: Tensor) -> Tensor:
+    def _random_bits(self, view: TileView) -> Tensor:
         """32 random bits for each element of the tile, from the element's place in the whole parameter."""
         work, tile = view.work, view.tile
         bits = self._workspace.take("bits", view.g, view.shape, torch.int32)
@@ -202,19 +198,19 @@ class EagerPasses:
         relative = self._workspace.counting(view.g, numel).view(tile.size) if tile.relative is None else tile.relative
         offset = (tile.offset + (1 << 31)) % (1 << 32) - (1 << 31)
         torch.add(relative, (work.starts + offset).view(-1, *ones), out=bits)
-        bits.bitwise_xor_(keys[work.slot_index].view(-1, *ones))
+        bits.bitwise_xor_(self._buffers.keys[work.slot_index].view(-1, *ones))
         return rounding.mix_(bits, self._workspace.take("shifted", view.g, view.shape, torch.int32))
 
-    def _check_finite(self, work: Work, coefficients: Coefficients, stats: Tensor) -> None:
+    def _check_finite(self, work: Work) -> None:
         """A replica's part in the sums: 0, unless its gradient is not finite."""
-        local = self._local_stats(work, stats)
-        for view in self._tiles(work, coefficients, None):
+        local = self._local_stats(work)
+        for view in self._tiles(work, factored=False):
             square = torch.mul(view.g, view.g, out=self._workspace.take("u", view.g, view.shape))
             local[:, Stat.LARGEST_SQUARE] += _largest(square) * 0
-        stats.index_add_(0, work.slot_index, local)
+        self._buffers.stats.index_add_(0, work.slot_index, local)
 
     def _sample_sums(self, view: TileView, local: Tensor) -> None:
-        """Prodigy's and SPEED's sums over every 11th element."""
+        """Prodigy's and SPEED's sums over the samples."""
         work = view.work
         gradient = view.tile.sampled(view.g)
         p0 = view.samples("p0")
@@ -228,15 +224,36 @@ class EagerPasses:
             s = view.gradient_sum(view.samples("s"), gradient)
             local[:, Stat.S_L1] += _sum(s.float().abs_())
 
-    def _tiles(self, work: Work, coefficients: Coefficients, factors: Tensor | None) -> Iterator[TileView]:
-        c = _named(coefficients, work)
-        of_axes = None if factors is None else _of_axes(factors, work)
+    def _tiles(self, work: Work, *, factored: bool = True) -> Iterator[TileView]:
+        c = self._coefficients(work)
+        of_axes = self._of_axes(work) if factored else None
         for tile in work.tiles:
             yield TileView(self._workspace, work, tile, c, of_axes)
 
-    @staticmethod
-    def _local_stats(work: Work, stats: Tensor) -> Tensor:
+    def _local_stats(self, work: Work) -> Tensor:
+        stats = self._buffers.stats
         return torch.zeros(len(work.slots), stats.shape[1], dtype=stats.dtype, device=stats.device)
+
+    def _coefficients(self, work: Work) -> SimpleNamespace:
+        c = self._buffers.coefficients
+        return SimpleNamespace(**dict(zip(c.names, _columns(c.table, work), strict=True)))
+
+    def _of_axes(self, work: Work) -> tuple[Tensor, Tensor] | None:
+        """The factors of a work's rows and columns, if it is factored."""
+        if work.row_index is None or work.col_index is None:
+            return None
+        factors = self._buffers.factors
+        return factors[work.row_index], factors[work.col_index]
+
+    def _gate(self, known: KnownGates | None, which: int, work: Work) -> Tensor | bool:
+        """Whether a work is written: True or False where the host knows it for all pieces alike, else bools."""
+        if known is not None:
+            open_ = [known[which][slot] for slot in work.slots]
+            if all(open_):
+                return True
+            if not any(open_):
+                return False
+        return self._buffers.gates[which][work.slot_index]
 
 
 def _columns(table: Tensor, work: Work) -> tuple[Tensor, ...]:
@@ -244,17 +261,6 @@ def _columns(table: Tensor, work: Work) -> tuple[Tensor, ...]:
     if len(work.slots) == 1:
         return table[:, work.slots[0]].unbind()
     return table[:, work.slot_index].view(len(table), -1, *[1] * len(work.size)).unbind()
-
-
-def _named(coefficients: Coefficients, work: Work) -> SimpleNamespace:
-    return SimpleNamespace(**dict(zip(coefficients.names, _columns(coefficients.table, work), strict=True)))
-
-
-def _of_axes(factors: Tensor, work: Work) -> tuple[Tensor, Tensor] | None:
-    """The factors of a work's rows and columns, if it is factored."""
-    if work.row_index is None or work.col_index is None:
-        return None
-    return factors[work.row_index], factors[work.col_index]
 
 
 def _sum(tile: Tensor) -> Tensor:
@@ -277,17 +283,6 @@ def _dot(u: Tensor) -> Tensor:
         return torch.dot(flat, flat).double()
     # Nothing cancels here, and torch sums in blocks.
     return (u * u).reshape(len(u), -1).sum(1).double()
-
-
-def _gate(gates: Gates, which: int, work: Work) -> Tensor | bool:
-    """Whether a work is written: True or False where the host knows it for all pieces alike, else a column of bools."""
-    if gates.known is not None:
-        open_ = [gates.known[which][slot] for slot in work.slots]
-        if all(open_):
-            return True
-        if not any(open_):
-            return False
-    return (gates.moments, gates.weights)[which][work.slot_index]
 
 
 def _gated(targets: Sequence[Tensor], values: Tensor, gate: Tensor | bool) -> Write:

@@ -32,6 +32,9 @@ class TileView:
             self.g = workspace.load("g", tile.cut_some(work.gradients), tile.size)
         else:
             self.g = workspace.take("g", self.weight_pieces[0], self.shape).zero_()
+        if work.switches.coupled_decay:
+            decay = torch.mul(self.weights(), c.weight_decay, out=workspace.take("decay", self.g, self.shape))
+            self.g = decay.add_(self.g)
         self.factors = None if factors is None else (tile.cut_axes(factors[0]), tile.cut_axes(factors[1]))
 
     def state(self, name: str) -> list[Tensor]:
@@ -99,7 +102,7 @@ class TileView:
             of_u = old if switches.adopt else moment
             # A 16-bit moment has a 16-bit root, as in the reference.
             u = of_u.float() if switches.focus else of_u.sqrt().float()
-        if not switches.schedulefree:
+        if not switches.schedulefree and switches.momentum:
             return self._momentum_direction(u, moment)
         if switches.focus:
             return direction.focus(self.g, self.point(), u * c.focus_correction), moment, None

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ppsf_dist.algorithm import rounding
-from ppsf_dist.algorithm.step_size import SLICE
 from ppsf_dist.methods.switches import Switches
 from ppsf_dist.sharding import Box, Shard
 from ppsf_dist.sharding.geometry import Shape
@@ -58,7 +57,7 @@ class Tile:
         start, size: the tile as a box relative to the piece.
         full: whether it is the whole piece.
         samples: its part of the piece's samples.
-        phase: first sampled element; the others follow at a distance of 11 (unless ``index`` says otherwise).
+        phase, slice_p: first sampled element, and the distance of the others (unless ``index`` says otherwise).
         index: positions of the sampled elements, where they are not evenly spaced.
         offset: distance in the flattened parameter from the piece's first element to the tile's.
         relative: the same from the tile's first element to each, where they are not consecutive (int32).
@@ -69,6 +68,7 @@ class Tile:
     full: bool
     samples: slice
     phase: int
+    slice_p: int
     index: Tensor | None
     offset: int
     relative: Tensor | None
@@ -91,9 +91,9 @@ class Tile:
         return vectors
 
     def sampled(self, stacked: Tensor) -> Tensor:
-        """Every 11th element (by its index in the logical parameter) of ``(pieces, *size)``, as ``(pieces, m)``."""
+        """The sampled elements of ``(pieces, *size)``, as ``(pieces, m)``."""
         flat = stacked.reshape(stacked.shape[0], -1)
-        return flat[:, self.phase :: SLICE] if self.index is None else flat.index_select(1, self.index)
+        return flat[:, self.phase :: self.slice_p] if self.index is None else flat.index_select(1, self.index)
 
     def _narrow(self, piece: Tensor) -> Tensor:
         for axis, (start, n) in enumerate(zip(self.start, self.size, strict=True)):
@@ -180,12 +180,12 @@ def plan_work(
         for position, box in enumerate(shard.boxes):
             flat = placed is None and box.is_flat and local.is_contiguous()
             size = (box.numel,) if flat else box.size
-            samples = slice(first_sample, first_sample + count_in(box))
+            samples = slice(first_sample, first_sample + count_in(box, switch.slice_p))
             first_sample = samples.stop
             if box.numel == 0:
                 continue
             axes = None if placed is None else (placed.factoring.dr, placed.factoring.dc)
-            phase = -box.flat_start % SLICE if box.is_flat else box.offset
+            phase = -box.flat_start % switch.slice_p if box.is_flat else box.offset
             stored = [(name, value.dtype) for name, value in state[shard.param].items() if isinstance(value, Tensor)]
             dtypes = tuple(sorted(stored, key=str))
             key = (switch, size, flat, axes, phase, box.shape, shard.owner, local.dtype, local.device, dtypes)
@@ -193,7 +193,8 @@ def plan_work(
             sizes = sizes_for(local.device)
             room = box.numel <= sizes.stack and box.numel * 2 <= sizes.tile
             if not (room and stack and _fits(stack[-1], slot, box.numel, sizes.tile)):
-                stack.append(Work(switch, size, [], [], [], [], _tiles(box, size, samples, flat, sizes.tile), flat))
+                tiles = _tiles(box, size, samples, flat, sizes.tile, switch.slice_p)
+                stack.append(Work(switch, size, [], [], [], [], tiles, flat))
                 works.append(stack[-1])
                 if axes is not None:
                     stack[-1].row_axis, stack[-1].col_axis = axes
@@ -215,25 +216,26 @@ def _fits(work: Work, slot: int, numel: int, limit: int) -> bool:
     return slot not in work.slots and (len(work.slots) + 1) * numel <= limit
 
 
-def _tiles(box: Box, size: Shape, samples: slice, flat: bool, limit: int) -> list[Tile]:
+def _tiles(box: Box, size: Shape, samples: slice, flat: bool, limit: int, slice_p: int) -> list[Tile]:
     """Tiles of a piece; ``samples`` are then relative to the piece."""
     outline = Box((box.numel,), (0,), (box.numel,)) if flat else Box(box.size, (0,) * len(box.size), box.size)
     tiles, first = [], 0
     for start, tile_size in outline.tiles(limit):
         if flat:
             inner_start, numel = box.flat_start + start[0], tile_size[0]
-            phase, index = -inner_start % SLICE, None
-            count = len(range(phase, numel, SLICE))
+            phase, index = -inner_start % slice_p, None
+            count = len(range(phase, numel, slice_p))
             offset, relative = start[0], None
         else:
             inner = box.narrow(start, tile_size)
-            count = count_in(inner)
-            phase, index = (-inner.flat_start % SLICE, None) if inner.is_flat else (0, sample_indices(inner))
+            count = count_in(inner, slice_p)
+            evenly = inner.is_flat or slice_p == 1
+            phase, index = (-inner.flat_start % slice_p, None) if evenly else (0, sample_indices(inner, slice_p))
             offset, relative = inner.flat_start - box.flat_start, None
             if not inner.is_flat:
                 relative = (inner.flat_index() - inner.flat_start).to(torch.int32).view(tile_size)
         window = slice(first, first + count)
-        tiles.append(Tile(start, tile_size, tile_size == size, window, phase, index, offset, relative))
+        tiles.append(Tile(start, tile_size, tile_size == size, window, phase, slice_p, index, offset, relative))
         first += count
     return tiles
 
@@ -254,8 +256,10 @@ def _finish(work: Work, moments: FactoredMoments, state: State) -> None:
     starts = torch.tensor([box.flat_start for box in work.boxes], device=device)
     work.starts = rounding.low_32_bits(starts)
     work.tiles = [
-        replace(tile, index=tile.index.to(device), relative=tile.relative.to(device))
-        if tile.index is not None and tile.relative is not None
-        else tile
+        replace(
+            tile,
+            index=None if tile.index is None else tile.index.to(device),
+            relative=None if tile.relative is None else tile.relative.to(device),
+        )
         for tile in work.tiles
     ]
