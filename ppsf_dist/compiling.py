@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -24,8 +23,8 @@ def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if "torch._dynamo" not in sys.modules:
-            # Nothing can be compiling; importing the compiler takes a second.
+        if not torch.compiler.is_compiling():
+            # The compiler is not even imported then, which takes a second.
             return function(*args, **kwargs)
         result: R = _disabled(function)(*args, **kwargs)
         return result

@@ -14,7 +14,7 @@ from ppsf_dist.optimizers.base import DistributedOptimizer
 from ppsf_dist.sharding import Shard, Team, find_team
 from ppsf_dist.sharding.fingerprint import Entry, checksum, first_difference, key, name_ranks
 from ppsf_dist.sharding.slots import Disagreement, Slot, compare_groups, compare_names, compare_settings
-from ppsf_dist.state.inventory import WHOLE
+from ppsf_dist.state.inventory import REPLICATED
 
 ADVICE = (
     "load the last checkpoint, and see what changed one rank alone: weights written outside the optimizer, an argument "
@@ -45,13 +45,13 @@ def check_replicas(optimizer: Any, process_group: dist.ProcessGroup | None = Non
         raise TypeError(f"optimizer is a {type(ours).__name__}: give an optimizer of ppsf_dist, or what wraps one")
     engine = ours._engine
     layout = engine.current_layout()
-    members = layout.members(layout.whole)
+    members = layout.members(layout.all_parts)
     shards = layout.shards([member.param for member in members], engine.process_group)
     slots = engine.slots(layout, members, shards)
     team = _team(ours, shards, process_group)
 
     engine.settle()
-    names = {(shard.domain, slot.identity): slot.name for shard, slot in zip(shards, slots, strict=True) if slot.name}
+    names = {(shard.domain, slot.param_id): slot.name for shard, slot in zip(shards, slots, strict=True) if slot.name}
     entries = _entries(shards, slots, [ours.state.get(shard.param, {}) for shard in shards])
     mine = (engine.common(), engine.settings(), names, entries)
     gathered = team.gather(mine, why="check_replicas() of the other ranks")
@@ -70,7 +70,7 @@ def check_replicas(optimizer: Any, process_group: dist.ProcessGroup | None = Non
     own = next((str(slot) for entry, slot in zip(entries, slots * 2, strict=True) if entry.key == found), None)
     known = [name for name in team.gather(own, why="the name of what differs") if name is not None]
     ranks = team.ranks or (0,)
-    where = " and ".join(name_ranks([ranks[position] for position in positions]) for positions in sides)
+    where = " and ".join(name_ranks([ranks[group_rank] for group_rank in group_ranks]) for group_ranks in sides)
     raise Disagreement(f"{known[0]}: weights or state are not the same on {where}: {ADVICE}")
 
 
@@ -85,14 +85,16 @@ def _entries(shards: Sequence[Shard], slots: Sequence[Slot], states: Sequence[di
     """One entry for what this rank holds of each parameter, then one for its factored moments, in order."""
     keys: list[int] = []
     sums: list[Tensor] = []
-    for whole in (False, True):
+    for replicated in (False, True):
         for shard, slot, state in zip(shards, slots, states, strict=True):
-            boxes = [] if whole else [(box.offset, box.size) for box in shard.boxes]
-            keys.append(key((whole, shard.domain, slot.identity, shard.shape, boxes)))
+            boxes = [] if replicated else [(box.offset, box.size) for box in shard.boxes]
+            keys.append(key((replicated, shard.domain, slot.param_id, shard.shape, boxes)))
             tensors = [
-                value for name, value in sorted(state.items()) if isinstance(value, Tensor) and (name in WHOLE) == whole
+                value
+                for name, value in sorted(state.items())
+                if isinstance(value, Tensor) and (name in REPLICATED) == replicated
             ]
-            sums.append(checksum(tensors if whole else [shard.weights(), *tensors], shard.weights().device))
+            sums.append(checksum(tensors if replicated else [shard.weights(), *tensors], shard.weights().device))
     # One wait for the device.
     values = torch.stack(sums).tolist() if sums else []
     return [Entry(*entry) for entry in zip(keys, values, strict=True)]

@@ -43,7 +43,7 @@ def keys(seed: int, step: Tensor, parameter: Tensor) -> Tensor:
     Args:
         seed: the optimizer's ``seed``.
         step: int64 vector over parameters, the number of updates each has had.
-        parameter: int64 vector, the position of each parameter in the optimizer.
+        parameter: int64 vector, the number of each parameter among all of the optimizer.
     """
     folded = (seed * _GOLDEN) & _MASK_32
     key = low_32_bits(step + folded)

@@ -71,7 +71,7 @@ def init_process_group(backend: str | None = None, timeout: timedelta | None = N
     global _info
     if dist.is_initialized():
         if _info is None or (_info.rank, _info.world_size) != (dist.get_rank(), dist.get_world_size()):
-            _info = _adopt()
+            _info = _info_of_running_group()
         return _info
 
     place = _find_place(timeout or DEFAULT_TIMEOUT)
@@ -145,7 +145,7 @@ def _start(place: Place, backend: str, timeout: timedelta | None) -> None:
         ) from error
 
 
-def _adopt() -> ProcessInfo:
+def _info_of_running_group() -> ProcessInfo:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     on_gpu = torch.cuda.is_available() and "nccl" in str(dist.get_backend_config())
     place = Place(

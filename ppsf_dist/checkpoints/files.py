@@ -157,7 +157,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> Che
         try:
             manifest = _manifest(root, pointer, verify)
             if manifest is not None and verify:
-                manifest.check(root / pointer.name, manifest.share(team.position, max(1, len(team.ranks))))
+                manifest.check(root / pointer.name, manifest.share(team.group_rank, max(1, len(team.ranks))))
             files = CheckpointFiles(root / pointer.name)
         except FileNotFoundError as error:
             raise ValueError(

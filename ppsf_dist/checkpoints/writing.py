@@ -97,7 +97,7 @@ def _write(team: Team, folder: Path, state: dict[str, Any]) -> dict[str, Sum]:
         save(state, storage_writer=writer, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         failures = {rank: cause for rank, (cause, _) in error.failures.items()}
-        raise_failures(team.ranks or (0,), cast(Any, failures), team.position)
+        raise_failures(team.ranks or (0,), cast(Any, failures), team.group_rank)
     files: dict[str, Sum] = {}
     for theirs in from_every_rank(team, lambda: writer.files.sums):
         files.update(theirs)

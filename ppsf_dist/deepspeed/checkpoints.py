@@ -19,7 +19,7 @@ from ppsf_dist.deepspeed.gather import gather_samples
 from ppsf_dist.deepspeed.shards import Partition, ZeroShard
 from ppsf_dist.methods.base import Method
 from ppsf_dist.sharding import team_of_ranks
-from ppsf_dist.state.inventory import SAMPLED, WHOLE
+from ppsf_dist.state.inventory import REPLICATED, SAMPLED
 from ppsf_dist.state.portable import check_state, of_the_checkpoint, read_groups
 
 KEY = "ppsf_dist"
@@ -46,15 +46,15 @@ def to_deepspeed(method: Method, partition: Partition, state: State) -> dict[str
     # One number for all parameters: universal checkpoints insist on it.
     steps = max(0, int(partition.groups[0]["k"] - method.numbers["k"]))
     group_of = _groups_by_place(partition, partition.groups)
-    for place, shard in partition.slices.items():
+    for param_id, shard in partition.slices.items():
         index = index_of.setdefault(id(shard.flat), len(index_of))
         if index not in entries:
             flat = torch.zeros_like(shard.flat, device="cpu")
             entries[index] = {"step": steps, "exp_avg": flat, "exp_avg_sq": flat.clone(), KEY: {}}
         entry = state.get(shard.param)
-        slice_p = method.switches(group_of[place]).slice_p
+        slice_p = method.switches(group_of[param_id]).slice_p
         own = _write(shard, entry, entries[index], slice_p) if entry else None
-        entries[index][KEY][place] = {"start": shard.start, "numel": shard.numel, "at": shard.at, "state": own}
+        entries[index][KEY][param_id] = {"start": shard.start, "numel": shard.numel, "at": shard.at, "state": own}
     groups = partition.numbered_groups()
     groups[0] = {**groups[0], KEY: _for_all_ranks(method, partition, state, groups)}
     return {"state": entries, "param_groups": groups}
@@ -69,21 +69,23 @@ def from_deepspeed(method: Method, partition: Partition, state_dict: dict[str, A
     saved = [{name: value for name, value in group.items() if name != KEY} for group in state_dict["param_groups"]]
     groups = read_groups(method, {"param_groups": saved}, _as_given(partition))
     group_of = _groups_by_place(partition, groups)
-    entries = {place: (entry, kept) for entry in state_dict["state"].values() for place, kept in entry[KEY].items()}
+    entries = {
+        param_id: (entry, kept) for entry in state_dict["state"].values() for param_id, kept in entry[KEY].items()
+    }
     loaded: State = {}
-    for place, shard in partition.slices.items():
-        entry, kept = entries.get(place, ({}, None))
+    for param_id, shard in partition.slices.items():
+        entry, kept = entries.get(param_id, ({}, None))
         if kept is None or (kept["start"], kept["numel"], kept["at"]) != (shard.start, shard.numel, shard.at):
             raise ValueError(
-                f"the checkpoint has another slice of parameter {place} (shape {shard.shape}) than this rank: load it "
-                "with the number of ranks and the zero_optimization settings it was saved with (stage, "
+                f"the checkpoint has another slice of parameter {param_id} (shape {shard.shape}) than this rank: load "
+                "it with the number of ranks and the zero_optimization settings it was saved with (stage, "
                 "round_robin_gradients, parameter_alignment, sub_group_size), or make a universal checkpoint of it"
             )
         if kept["state"] is not None:
-            slice_p = method.switches(group_of[place]).slice_p
+            slice_p = method.switches(group_of[param_id]).slice_p
             loaded[shard.param] = _read(shard, entry, kept["state"], slice_p)
-            with of_the_checkpoint(f"parameter {place} of the checkpoint", "what was saved"):
-                check_state(method, shard, loaded[shard.param], group_of[place])
+            with of_the_checkpoint(f"parameter {param_id} of the checkpoint", "what was saved"):
+                check_state(method, shard, loaded[shard.param], group_of[param_id])
     _take_over(partition, state, loaded, groups)
 
 
@@ -110,23 +112,23 @@ def from_universal(method: Method, partition: Partition, state: State) -> None:
     groups = read_groups(method, {"param_groups": kept["groups"]}, _as_given(partition))
     group_of = _groups_by_place(partition, groups)
     loaded: State = {}
-    for place, shard in partition.slices.items():
-        whole = kept["params"].get(place)
+    for param_id, shard in partition.slices.items():
+        whole = kept["params"].get(param_id)
         if whole is None:
             continue
         if tuple(whole["shape"]) != shard.shape:
             raise ValueError(
-                f"parameter {place} has shape {tuple(whole['shape'])} in the universal checkpoint and {shard.shape} "
+                f"parameter {param_id} has shape {tuple(whole['shape'])} in the universal checkpoint and {shard.shape} "
                 "here: build the optimizer with the parameters and groups the checkpoint was made with"
             )
         rest = {name: value for name, value in whole.items() if name != "shape"}
-        slice_p = method.switches(group_of[place]).slice_p
+        slice_p = method.switches(group_of[param_id]).slice_p
         for name in SAMPLED:
             if name in rest:
                 rest[name] = shard.extract_samples(rest[name], slice_p)
         loaded[shard.param] = _read(shard, state[shard.flat], rest, slice_p)
-        with of_the_checkpoint(f"parameter {place} of the universal checkpoint", "what was saved"):
-            check_state(method, shard, loaded[shard.param], group_of[place])
+        with of_the_checkpoint(f"parameter {param_id} of the universal checkpoint", "what was saved"):
+            check_state(method, shard, loaded[shard.param], group_of[param_id])
     _take_over(partition, state, loaded, groups)
 
 
@@ -150,14 +152,14 @@ def _for_all_ranks(method: Method, partition: Partition, state: State, groups: l
     """What a universal checkpoint needs besides the flat tensors; the parameters' part on rank 0 only."""
     params: dict[int, Entry] = {}
     group_of = _groups_by_place(partition, groups)
-    for place, shard in partition.slices.items():
+    for param_id, shard in partition.slices.items():
         if state.get(shard.param):
-            slice_p = method.switches(group_of[place]).slice_p
+            slice_p = method.switches(group_of[param_id]).slice_p
             aside = {name: value for name, value in _aside(shard, state[shard.param]).items() if name != "y"}
             for name in SAMPLED:
                 if name in aside:
                     aside[name] = gather_samples(shard, aside[name], slice_p)
-            params[place] = {**_on_cpu(aside), "shape": shard.shape}
+            params[param_id] = {**_on_cpu(aside), "shape": shard.shape}
     experts = any(len(shard.domain) != dist.get_world_size() for shard in partition.slices.values())
     # Stage 3 gives every group what the checkpoint says of the first: so all of them lie here as well.
     return {
@@ -224,7 +226,7 @@ def _read(shard: ZeroShard, flats: Entry, aside: Entry, slice_p: int) -> Entry:
     entry: Entry = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in aside.items()}
     first, packed = entry.pop("in_exp_avg"), entry.pop("packed")
     # The first releases did not say it: every parameter had one of the two forms.
-    squares = entry.pop("in_exp_avg_sq", not set(WHOLE) & set(entry))
+    squares = entry.pop("in_exp_avg_sq", not set(REPLICATED) & set(entry))
     if first is not None:
         entry[first] = shard.local(flats["exp_avg"]).to(device, copy=True)
     second = shard.local(flats["exp_avg_sq"]).to(device, copy=True)

@@ -40,22 +40,32 @@ class ZeroLayout(Layout):
         return {shard.param: shard for shard in self.partition.slices.values()}
 
     @cached_property
-    def whole(self) -> Part:
-        return frozenset(id(shard.flat) for shard in self._slices.values())
+    def all_parts(self) -> Part:
+        return frozenset(self.partition.slices)
+
+    @cached_property
+    def _parts(self) -> dict[int, Part]:
+        """The parameters that have slices in each flat tensor, by its ``id()``."""
+        parts: dict[int, set[int]] = {}
+        for param_id, shard in self.partition.slices.items():
+            parts.setdefault(id(shard.flat), set()).add(param_id)
+        return {flat: frozenset(param_ids) for flat, param_ids in parts.items()}
 
     def part(self, visible: Sequence[Group]) -> Part:
-        return frozenset(id(flat) for group in visible for flat in group["params"])
+        flats = [id(flat) for group in visible for flat in group["params"]]
+        return frozenset().union(*[self._parts[flat] for flat in flats if flat in self._parts])
 
     def signature(self, part: Part) -> Hashable:
+        # The flat tensors stay as long as this layout.
         return part
 
     def members(self, part: Part) -> list[Member]:
-        members, position = [], 0
+        members, param_id = [], 0
         for index, params in enumerate(self.given):
             for param in params:
-                if is_trained(param) and id(self._slices[param].flat) in part:
-                    members.append(Member(param, index, position))
-                position += 1
+                if param_id in part:
+                    members.append(Member(param, index, param_id))
+                param_id += 1
         return members
 
     def refresh(self) -> None:

@@ -97,10 +97,10 @@ class _Run:
         self._name_of = {id(param): name for name, param in self.module.named_parameters()}
         self.group_names = [[self._name_of[id(param)] for param in params] for params in self.layout.given]
         names = [name for group in self.group_names for name in group]
-        members = self.layout.members(self.layout.whole)
+        members = self.layout.members(self.layout.all_parts)
         shards = self.layout.shards([member.param for member in members], None)
         self.shards: dict[str, Shard] = {
-            names[member.identity]: shard for member, shard in zip(members, shards, strict=True)
+            names[member.param_id]: shard for member, shard in zip(members, shards, strict=True)
         }
         switches = [self.optimizer.method.switches(group) for group in self.layout.groups]
         self._switches = {member.param: switches[member.group] for member in members}
@@ -111,12 +111,12 @@ class _Run:
 
     def whole_states(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The state of each parameter, in portable form, on the rank that writes it."""
-        for place, (name, shard) in enumerate(self.shards.items()):
+        for index, (name, shard) in enumerate(self.shards.items()):
             entry = {
                 key: _gathered(shard, key, value, self._switches[shard.param].slice_p)
                 for key, value in self.optimizer.state[shard.param].items()
             }
-            if entry and _writes(place):
+            if entry and _writes(index):
                 portable = to_portable(
                     Shard(shard.param, shard.shape, (whole(shard.shape),)), entry, self._switches[shard.param]
                 )
@@ -124,14 +124,14 @@ class _Run:
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Weights (in fp32 where ZeRO keeps them so) and buffers, on the rank that writes them."""
-        for place, (name, value) in enumerate(self._tensors()):
+        for index, (name, value) in enumerate(self._tensors()):
             shard = self._shard(value)
             if shard is not None:
                 tensor = gather_elements(shard, shard.weights()) if isinstance(shard, ZeroShard) else shard.weights()
             else:
                 with deepspeed.zero.GatheredParameters(_partitioned(value)):
                     tensor = value.detach().clone()
-            if _writes(place):
+            if _writes(index):
                 yield name, tensor.cpu()
 
     def load_optimizer(self, files: CheckpointFiles) -> None:
@@ -180,9 +180,9 @@ def _gathered(shard: Shard, key: str, value: Any, slice_p: int) -> Any:
     return gather_samples(shard, value, slice_p) if isinstance(shard, ZeroShard) and key in SAMPLED else value
 
 
-def _writes(place: int) -> bool:
+def _writes(index: int) -> bool:
     """Whether this rank writes a tensor: they take turns."""
-    return place % dist.get_world_size() == dist.get_rank()
+    return index % dist.get_world_size() == dist.get_rank()
 
 
 def _partitioned(value: Any) -> list[Any]:

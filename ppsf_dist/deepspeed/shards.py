@@ -66,7 +66,7 @@ class Partition:
     Attributes:
         groups: all parameter groups as DeepSpeed has left them.
         given: the parameters that each group was made with.
-        slices: of each trained parameter, empty ones included, by its place among all given parameters.
+        slices: of each trained parameter, empty ones included, by param_id, its number among all given parameters.
     """
 
     groups: list[Group]
@@ -74,7 +74,7 @@ class Partition:
     slices: dict[int, ZeroShard]
 
     def numbered_groups(self) -> list[Group]:
-        """Copies of the groups with the places of their parameters instead of tensors, as in a state dict."""
+        """Copies of the groups with the param_ids of their parameters instead of tensors, as in a state dict."""
         numbered, first = [], 0
         for group, params in zip(self.groups, self.given, strict=True):
             numbered.append({**group, "params": list(range(first, first + len(params)))})
@@ -90,15 +90,15 @@ def find_partition(groups: list[Group], given: list[list[Tensor]]) -> Partition:
     Raises:
         NotImplementedError: the parameters are not partitioned over all ranks.
     """
-    slices, position = {}, 0
+    slices, param_id = {}, 0
     for group, params in zip(groups, given, strict=True):
         for param in params:
             if is_trained(param):
                 at_stage_3 = hasattr(param, "_z3_optimizer")
-                slices[position] = (
+                slices[param_id] = (
                     _slice_of_stage_3(param) if at_stage_3 else _slice_of_stage_1_or_2(param, group["params"][0])
                 )
-            position += 1
+            param_id += 1
     ranks: set[int] = set().union(*(shard.domain for shard in slices.values()))
     if len(ranks) != dist.get_world_size():
         raise NotImplementedError(

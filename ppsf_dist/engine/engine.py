@@ -109,7 +109,7 @@ class Engine(Planner):
             fresh = not self.state
             plan = self.current_plan(part)
             if plan is not None and not (fresh and self._creates_state_only(plan)):
-                self._step_part(part, plan, ends_with=layout.whole)
+                self._step_part(part, plan, ends_with=layout.all_parts)
         return loss
 
     def run_alone(self, param: Tensor) -> None:
@@ -121,9 +121,9 @@ class Engine(Planner):
         """
         self._refuse_torn()
         layout = self.current_layout()
-        if layout.whole or param not in layout.places:
+        if layout.all_parts or param not in layout.param_ids:
             raise ValueError(f"the parameter of shape {tuple(param.shape)} is in none of the optimizer's param_groups")
-        part = frozenset((layout.places[param],))
+        part = frozenset((layout.param_ids[param],))
         is_new = part not in self.plans and param.requires_grad
         if self.process_group is not None or (is_new and self._trained_shards(layout)[param].domain):
             raise RuntimeError(
@@ -140,7 +140,7 @@ class Engine(Planner):
         """Step some parameters, on all ranks that hold pieces of them."""
         self._refuse_torn()
         layout = self.current_layout()
-        part = frozenset(layout.places[param] for param in params)
+        part = frozenset(layout.param_ids[param] for param in params)
         with self._together(layout, part):
             plan = self.current_plan(part)
             if plan is not None:
@@ -148,7 +148,7 @@ class Engine(Planner):
 
     def _end_backward(self, layout: Layout) -> None:
         """End the step that the backward pass has made, if it has made one, and create the state that is missing."""
-        if layout.whole:
+        if layout.all_parts:
             raise RuntimeError("fused_back_pass=True does not work under DeepSpeed ZeRO: use fused_back_pass=False")
         unused = self._open is None and any(p.grad is not None for params in layout.parameters() for p in params)
         if unused and any(float(group["lr"]) != 0 for group in self.groups):
@@ -164,8 +164,8 @@ class Engine(Planner):
     @torch.no_grad()
     def create_missing_state(self, layout: Layout) -> None:
         """Create the state of parameters that have not made a step: what a checkpoint holds depends on no step."""
-        members = layout.members(layout.whole)
-        stateless = frozenset(place for param, _, place in members if "step" not in self.state.get(param, {}))
+        members = layout.members(layout.all_parts)
+        stateless = frozenset(param_id for param, _, param_id in members if "step" not in self.state.get(param, {}))
         if stateless:
             self.current_plan(stateless)
 

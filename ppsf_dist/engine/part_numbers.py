@@ -42,7 +42,7 @@ class Traits:
     momentum_of_d: Tensor
     rounds_samples: Tensor
     rounds_s: Tensor
-    identity: Tensor
+    param_id: Tensor
     any_adopt: bool
     any_orthograd: bool
     any_mask: bool
@@ -82,7 +82,7 @@ class Traits:
             momentum_of_d=flags([not (s.adopt and not s.quirks) for s in of_slot]),
             rounds_samples=flags([rounds and s.quirks for rounds, s in zip(bf16, of_slot, strict=True)]),
             rounds_s=flags([rounds and s.quirks for rounds, s in zip(s_in_bf16, of_slot, strict=True)]),
-            identity=torch.tensor([slot.identity for slot in table.slots], device=device),
+            param_id=torch.tensor([slot.param_id for slot in table.slots], device=device),
             any_adopt=any(s.adopt for s in of_slot),
             any_orthograd=any(s.orthograd for s in of_slot),
             any_mask=any(s.counts_mask_early or s.counts_mask_late for s in of_slot),
@@ -92,7 +92,7 @@ class Traits:
 
 
 @dataclass
-class Part(Traits):
+class StepTraits(Traits):
     """The traits of the parameters of a plan, and where they stand in one step.
 
     Attributes:
@@ -156,7 +156,7 @@ class PartNumbers:
         updates = parameters[PARAMETER_NUMBERS.index("step")]
         # ADOPT's first step, of the group or of a parameter that comes late, only sets the second moment.
         self._adopt_first = traits.adopt & ((step.k[traits.group_of] == 1) | (updates == 0))
-        self._of = Part(**vars(traits), updates=updates, adopt_first=self._adopt_first)
+        self._of = StepTraits(**vars(traits), updates=updates, adopt_first=self._adopt_first)
 
     def begin(self, moments: FactoredMoments) -> None:
         """Write what passes 1 and 2 read and the step begins with."""
@@ -164,7 +164,7 @@ class PartNumbers:
         if self._traits.any_adopt and len(moments):
             self._buffers.factors.copy_(moments.factors(moments.values))
         if self._traits.any_random:
-            keys = rounding.keys(self._step.seed, self._of.updates.long(), self._traits.identity)
+            keys = rounding.keys(self._step.seed, self._of.updates.long(), self._traits.param_id)
             self._buffers.keys.copy_(keys)
 
     def fill_coefficients(self) -> None:

@@ -140,7 +140,7 @@ class Plan:
         if not switches_now.statistics:
             for name in SAMPLED:
                 state.pop(name, None)
-        placed = self.moments.slots[slot]
+        placed = self.moments.placed[slot]
         if placed is not None:
             axes = placed.factoring
             for name, where, shape in (
@@ -284,7 +284,7 @@ def _initial(entry: Entry, shard: Shard, switches: Switches) -> Tensor:
     """A piece of state before the first step: a point is where the weights are, all else is zero."""
     weights = shard.weights()
     dtype = entry.dtype(weights.dtype, switches)
-    if entry.lies is Lies.WHOLE:
+    if entry.lies is Lies.REPLICATED:
         axes = factoring(shard.shape)
         assert axes is not None
         shape = axes.row_shape if entry.name == "exp_avg_sq_row" else axes.col_shape

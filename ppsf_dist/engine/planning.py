@@ -138,7 +138,7 @@ class Planner:
         slots = self.slots(layout, members, shards)
         if self.numbers is not None and not (team.is_alone and all(s.prodigy_steps == 0 for s in switches)):
             # Ranks compare these numbers, and k says which groups are frozen: late copies will not do.
-            self._unheard += self.numbers.publish(self.groups)
+            self._publish()
         table = agree_on_slots(shards, slots, self.common(), self.settings(), team)
         unseen = [not self.state.get(param, {}).get("step") for param in params]
         before = {param: set(self.state[param]) for param in params if param in self.state}
@@ -187,10 +187,10 @@ class Planner:
 
     def slots(self, layout: Layout, members: list[Member], shards: list[Shard]) -> list[Slot]:
         """What each shard belongs to, as all ranks see it."""
-        names = self._names_by_place(layout)
+        names = self._names_by_id(layout)
         return [
-            Slot(group, shard.shape, str(shard.weights().dtype), identity, names.get(identity, ""))
-            for shard, (_, group, identity) in zip(shards, members, strict=True)
+            Slot(group, shard.shape, str(shard.weights().dtype), param_id, names.get(param_id, ""))
+            for shard, (_, group, param_id) in zip(shards, members, strict=True)
         ]
 
     def learn_names(self, model: nn.Module | None) -> None:
@@ -198,13 +198,13 @@ class Planner:
         if model is not None and not self.names:
             self.names = {param: name for name, param in model.named_parameters()}
 
-    def _names_by_place(self, layout: Layout) -> dict[int, str]:
-        """The names of parameters, by their place among all, as far as somebody has told them."""
+    def _names_by_id(self, layout: Layout) -> dict[int, str]:
+        """The names of parameters, by param_id, as far as somebody has told them."""
         params = [param for of_group in layout.parameters() for param in of_group]
         told = [name for group in self.groups for name in group.get("param_names", ())]
         if len(told) == len(params):
             return dict(enumerate(told))
-        return {place: self.names[param] for place, param in enumerate(params) if param in self.names}
+        return {param_id: self.names[param] for param_id, param in enumerate(params) if param in self.names}
 
     def _find_team(self, layout: Layout) -> Team:
         """The ranks that share sums: those on which the parameters live that are trained now."""
@@ -218,7 +218,7 @@ class Planner:
         """The shards of all parameters that are trained now: who counts what depends on all of them."""
         trains = [param.requires_grad for of_group in layout.parameters() for param in of_group]
         if self._trained is None or self._trained[0] is not layout or self._trained[1] != trains:
-            params = [member.param for member in layout.members(layout.whole)]
+            params = [member.param for member in layout.members(layout.all_parts)]
             shards = layout.shards(params, self.process_group)
             self._trained = layout, trains, {shard.param: shard for shard in shards}
         return self._trained[2]
@@ -279,6 +279,10 @@ class Planner:
         """Write everything that lives on the device into ``state`` and ``param_groups``. Waits for the device."""
         for plan in self.plans.values():
             plan.settle()
+        self._publish()
+
+    def _publish(self) -> None:
+        """Let ``param_groups`` show the numbers as they are, what somebody has written there included."""
         if self.numbers is not None:
             # Groups that somebody has put into param_groups by hand come with the next plan.
             known = self.groups[: len(self.numbers.published)]

@@ -41,11 +41,11 @@ def checksum(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
 
 
 def first_difference(entries: Sequence[Sequence[Entry]]) -> tuple[int, list[list[int]]] | None:
-    """The first key under which ranks have different checksums, and the positions of the ranks by checksum."""
+    """The first key under which ranks have different checksums, and the group ranks that have each checksum."""
     seen: dict[int, dict[int, list[int]]] = {}
-    for position, own in enumerate(entries):
+    for group_rank, own in enumerate(entries):
         for name, value in own:
-            seen.setdefault(name, {}).setdefault(value, []).append(position)
+            seen.setdefault(name, {}).setdefault(value, []).append(group_rank)
     return next(((name, list(by_value.values())) for name, by_value in seen.items() if len(by_value) > 1), None)
 
 

@@ -20,19 +20,19 @@ State = dict[Tensor, dict[str, Any]]
 
 
 class Member(NamedTuple):
-    """A trainable parameter, the index of its group, and its place among all parameters of the optimizer."""
+    """A trainable parameter, the index of its group, and its number among all parameters of the optimizer."""
 
     param: Tensor
     group: int
-    identity: int
+    param_id: int
 
 
 class Layout:
     """How an optimizer's parameters stand in ``param_groups``. In this class they are there themselves, all of them.
 
     A framework that puts tensors of its own in their place has a subclass. It may step them in several parts, each with
-    a call of ``step()`` that shows only what belongs to it; all calls together are one step. Here a part is the places
-    of its parameters among all parameters, and an empty one means all of them.
+    a call of ``step()`` that shows only what belongs to it; all calls together are one step. Here a part is the
+    param_ids of its parameters, and an empty one means all of them.
 
     Args:
         groups: all parameter groups.
@@ -57,7 +57,7 @@ class Layout:
         return [group["params"] for group in self.groups]
 
     @property
-    def whole(self) -> Part:
+    def all_parts(self) -> Part:
         """All parts of a step."""
         return frozenset()
 
@@ -76,12 +76,12 @@ class Layout:
                 Member(self.groups[group]["params"][i], group, n) for n in sorted(part) for group, i in [self._at[n]]
             ]
             return [member for member in some if member.param.requires_grad]
-        members, position = [], 0
+        members, param_id = [], 0
         for index, params in enumerate(self.parameters()):
             for param in params:
                 if param.requires_grad:
-                    members.append(Member(param, index, position))
-                position += 1
+                    members.append(Member(param, index, param_id))
+                param_id += 1
         return members
 
     @cached_property
@@ -90,9 +90,9 @@ class Layout:
         return [(group, index) for group, params in enumerate(self._lists) for index in range(len(params))]
 
     @cached_property
-    def places(self) -> dict[Tensor, int]:
-        """The place of each parameter among all parameters."""
-        return {param: place for place, param in enumerate(param for params in self._lists for param in params)}
+    def param_ids(self) -> dict[Tensor, int]:
+        """The number of each parameter among all parameters."""
+        return {param: n for n, param in enumerate(param for params in self._lists for param in params)}
 
     def shards(self, params: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> list[Shard]:
         """The local shard of each parameter, in order."""

@@ -120,6 +120,6 @@ def _run(team: Team, task: Callable[[], Result], *, shared: bool) -> tuple[Resul
         rank: outcome for rank, outcome in zip(team.ranks, outcomes, strict=True) if isinstance(outcome, Failure)
     }
     if failures:
-        rank = team.ranks[team.position]
+        rank = team.ranks[team.group_rank]
         raise_failures(team.ranks, failures | ({rank: failure} if failure is not None else {}), rank)
     return results[0], [value for outcome in outcomes if isinstance(outcome, list) for value in outcome]

@@ -27,20 +27,20 @@ class Slot(NamedTuple):
         group: index of its parameter group.
         shape: of the whole parameter.
         dtype: of its weights.
-        identity: a number that stays with the parameter whatever the layout (its position among all parameters of the
-            optimizer): stochastic rounding depends on it.
+        param_id: its number among all parameters of the optimizer, as in a state dict of torch. It stays whatever the
+            layout: stochastic rounding depends on it.
         name: in the model; empty where the optimizer was not told.
     """
 
     group: int
     shape: Shape
     dtype: str
-    identity: int
+    param_id: int
     name: str = ""
 
     def __str__(self) -> str:
         name = f" '{self.name}'" if self.name else ""
-        return f"parameter {self.identity}{name} ({self.dtype} {self.shape} in group {self.group})"
+        return f"parameter {self.param_id}{name} ({self.dtype} {self.shape} in group {self.group})"
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def agree_on_slots(
     compare_groups(team, [theirs.settings for theirs in everyone])
     table: dict[tuple[int, ...], list[Slot]] = {}
     first_rank: dict[tuple[int, ...], int] = {}
-    for position, theirs in enumerate(everyone):
-        rank = _rank(team, position)
+    for group_rank, theirs in enumerate(everyone):
+        rank = _rank(team, group_rank)
         for domain, of_domain in theirs.slots.items():
             if domain not in table:
                 table[domain], first_rank[domain] = of_domain, rank
@@ -137,7 +137,7 @@ def confirm(error: Exception | None, shards: Sequence[Shard], slots: Sequence[Sl
         return
     copies = [(shard, slot) for shard, slot in zip(shards, slots, strict=True) if shard.copied and shard.boxes]
     sums = [] if error else [checksum([shard.weights()], shard.weights().device) for shard, _ in copies]
-    keys = [key((shard.domain, slot.identity, shard.shape, shard.boxes)) for shard, slot in copies]
+    keys = [key((shard.domain, slot.param_id, shard.shape, shard.boxes)) for shard, slot in copies]
     entries = [Entry(k, v) for k, v in zip(keys, torch.stack(sums).tolist() if sums else [], strict=False)]
     names = dict(zip(keys, map(str, (slot for _, slot in copies)), strict=True))
     told = team.gather((describe(error) if error else None, entries, names), why="the other ranks' plans")
@@ -149,7 +149,7 @@ def confirm(error: Exception | None, shards: Sequence[Shard], slots: Sequence[Sl
     differing = first_difference([theirs for _, theirs, _ in everyone])
     if differing is not None:
         name = next(of_rank[differing[0]] for _, _, of_rank in everyone if differing[0] in of_rank)
-        where = " and ".join(name_ranks([_rank(team, position) for position in side]) for side in differing[1])
+        where = " and ".join(name_ranks([_rank(team, group_rank) for group_rank in side]) for side in differing[1])
         raise Disagreement(
             f"{name} does not begin with the same values on {where}: copies of a parameter must start equal; load or "
             "broadcast the same weights on all ranks, and give the optimizer the same parameters in the same order"
@@ -184,8 +184,8 @@ def _exchange(mine: Agreement, team: Team) -> list[Agreement]:
     return everyone
 
 
-def _rank(team: Team, position: int) -> int:
-    return team.ranks[position] if team.ranks else 0
+def _rank(team: Team, group_rank: int) -> int:
+    return team.ranks[group_rank] if team.ranks else 0
 
 
 def compare_settings(team: Team, everyone: Sequence[Settings], where: str) -> None:
@@ -195,13 +195,13 @@ def compare_settings(team: Team, everyone: Sequence[Settings], where: str) -> No
         Disagreement: names the first that differs, its values, and where it belongs. Raised on every rank alike.
     """
     first = everyone[0]
-    for position, theirs in enumerate(everyone[1:], start=1):
+    for group_rank, theirs in enumerate(everyone[1:], start=1):
         for name, value in first.items():
             # Their text: it tells NaN from nothing, and 1 from True.
             if repr(theirs.get(name)) != repr(value):
                 raise Disagreement(
                     f"{name} {where} is {value!r} on rank {_rank(team, 0)} and {theirs.get(name)!r} on rank "
-                    f"{_rank(team, position)}: build, load and change the optimizer in the same way on every rank"
+                    f"{_rank(team, group_rank)}: build, load and change the optimizer in the same way on every rank"
                 )
 
 
@@ -212,10 +212,10 @@ def compare_groups(team: Team, everyone: Sequence[Sequence[Settings]]) -> None:
         Disagreement: names the first that differs. Raised on every rank alike.
     """
     first = everyone[0]
-    for position, theirs in enumerate(everyone[1:], start=1):
+    for group_rank, theirs in enumerate(everyone[1:], start=1):
         if len(theirs) != len(first):
             raise Disagreement(
-                f"rank {_rank(team, 0)} and rank {_rank(team, position)} have {len(first)} and {len(theirs)} "
+                f"rank {_rank(team, 0)} and rank {_rank(team, group_rank)} have {len(first)} and {len(theirs)} "
                 "parameter groups: give both the same"
             )
     for index in range(len(first)):
@@ -229,12 +229,12 @@ def compare_names(team: Team, everyone: Sequence[Mapping[object, str]]) -> None:
         Disagreement: names the first that differs. Raised on every rank alike.
     """
     first: dict[object, tuple[int, str]] = {}
-    for position, names in enumerate(everyone):
-        for place, name in names.items():
-            rank, known = first.setdefault(place, (_rank(team, position), name))
+    for group_rank, names in enumerate(everyone):
+        for parameter, name in names.items():
+            rank, known = first.setdefault(parameter, (_rank(team, group_rank), name))
             if known != name:
                 raise Disagreement(
-                    f"a parameter is '{known}' on rank {rank} and '{name}' on rank {_rank(team, position)}: give the "
+                    f"a parameter is '{known}' on rank {rank} and '{name}' on rank {_rank(team, group_rank)}: give the "
                     "optimizer the same parameters in the same order on both"
                 )
 

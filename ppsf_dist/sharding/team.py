@@ -36,13 +36,13 @@ class Team:
         return len(self.ranks) <= 1
 
     @property
-    def position(self) -> int:
+    def group_rank(self) -> int:
         """Of this process among :attr:`ranks`."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
     @property
     def is_first(self) -> bool:
-        return self.position == 0
+        return self.group_rank == 0
 
     def sum_(self, *tensors: Tensor, why: str = "sums of all ranks") -> None:
         """Sum tensors over the team, in place, in one all-reduce.

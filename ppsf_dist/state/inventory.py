@@ -16,7 +16,7 @@ class Lies(Enum):
     """How a piece of state lies."""
 
     LIKE_PARAMETER = "like the parameter"
-    WHOLE = "whole on every rank that holds a piece of the parameter"
+    REPLICATED = "whole on every rank that holds a piece of the parameter"
     SAMPLED = "one value for each sampled element, beside the shard; in a checkpoint by rows of the parameter"
 
 
@@ -70,8 +70,8 @@ TENSORS = (
     Entry("z", Lies.LIKE_PARAMETER, Holds.POINT, lambda s, _: s.schedulefree, _of_weights),
     Entry("exp_avg", Lies.LIKE_PARAMETER, Holds.SUM, lambda s, _: not s.schedulefree and s.momentum, _of_weights),
     Entry("exp_avg_sq", Lies.LIKE_PARAMETER, Holds.SQUARES, lambda s, f: s.second_moment and not f, _of_weights),
-    Entry("exp_avg_sq_row", Lies.WHOLE, Holds.SQUARES, _is_factored, _of_factors),
-    Entry("exp_avg_sq_col", Lies.WHOLE, Holds.SQUARES, _is_factored, _of_factors),
+    Entry("exp_avg_sq_row", Lies.REPLICATED, Holds.SQUARES, _is_factored, _of_factors),
+    Entry("exp_avg_sq_col", Lies.REPLICATED, Holds.SQUARES, _is_factored, _of_factors),
     Entry("p0", Lies.SAMPLED, Holds.POINT, lambda s, _: s.statistics, _of_samples),
     Entry("s", Lies.SAMPLED, Holds.SUM, lambda s, _: s.statistics and not s.speed, _of_samples),
     # While weights are the average: the training weights, where those are kept.
@@ -95,7 +95,7 @@ def _names(lies: Lies) -> tuple[str, ...]:
     return tuple(entry.name for entry in TENSORS if entry.lies is lies)
 
 
-LIKE_PARAMETER, WHOLE, SAMPLED = _names(Lies.LIKE_PARAMETER), _names(Lies.WHOLE), _names(Lies.SAMPLED)
+LIKE_PARAMETER, REPLICATED, SAMPLED = _names(Lies.LIKE_PARAMETER), _names(Lies.REPLICATED), _names(Lies.SAMPLED)
 
 
 def needed(switches: Switches, shape: Sequence[int]) -> Iterator[Entry]:

@@ -20,7 +20,7 @@ from ppsf_dist.state.writes import Write
 
 
 @dataclass(frozen=True)
-class FactoredSlot:
+class Placed:
     """Where one parameter's R and C lie in the buffer."""
 
     factoring: Factoring
@@ -29,7 +29,7 @@ class FactoredSlot:
 
 
 @dataclass(frozen=True)
-class Place:
+class Strided:
     """Elements of the buffer, as a strided view of it would say it: what a kernel is told in place of indices.
 
     Attributes:
@@ -62,18 +62,18 @@ class FactoredMoments:
     def __init__(
         self, slots: Sequence[tuple[Factoring, bool, torch.dtype] | None], device: torch.device | None
     ) -> None:
-        self.slots: list[FactoredSlot | None] = []
+        self.placed: list[Placed | None] = []
         slot_of, inverse_n, low_precision = [], [], []
         ordered, lengths, cell_of, own_mean, row_index = [], [], [], [], []
         start = cells = 0
         for index, slot in enumerate(slots):
             if slot is None:
-                self.slots.append(None)
+                self.placed.append(None)
                 continue
             axes, quirks, dtype = slot
             rows, cols = math.prod(axes.row_shape), math.prod(axes.col_shape)
-            placed = FactoredSlot(axes, slice(start, start + rows), slice(start + rows, start + rows + cols))
-            self.slots.append(placed)
+            placed = Placed(axes, slice(start, start + rows), slice(start + rows, start + rows + cols))
+            self.placed.append(placed)
             slot_of.append(torch.full((rows + cols,), index))
             inverse_n.append(torch.full((rows,), 1 / axes.shape[axes.dr]))
             inverse_n.append(torch.full((cols,), 1 / axes.shape[axes.dc]))
@@ -139,18 +139,18 @@ class FactoredMoments:
             mean = rows
         return factors.index_copy_(0, self._rows, second_moment.row_scale(rows, mean))
 
-    def places(self, slot: int, box: Box) -> tuple[Place, Place]:
+    def strided(self, slot: int, box: Box) -> tuple[Strided, Strided]:
         """Where the rows and the columns that a box touches lie in the buffer, in the box's shape (1 along dr, dc)."""
-        placed = self.slots[slot]
+        placed = self.placed[slot]
         assert placed is not None
         axes = placed.factoring
 
-        def of(shape: tuple[int, ...], kept: slice, collapsed: int) -> Place:
+        def of(shape: tuple[int, ...], kept: slice, collapsed: int) -> Strided:
             strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
             offset = [0 if axis == collapsed else start for axis, start in enumerate(box.offset)]
             size = tuple(1 if axis == collapsed else n for axis, n in enumerate(box.size))
             first = kept.start + sum(start * stride for start, stride in zip(offset, strides, strict=True))
-            return Place(first, tuple(strides), size)
+            return Strided(first, tuple(strides), size)
 
         return of(axes.row_shape, placed.row, axes.dr), of(axes.col_shape, placed.col, axes.dc)
 

@@ -25,10 +25,10 @@ from ppsf_dist.sharding import Shard
 from ppsf_dist.state.inventory import (
     LIKE_PARAMETER,
     PARAMETER_NUMBERS,
+    REPLICATED,
     SAMPLED,
     SIGNED,
     TENSORS,
-    WHOLE,
     Holds,
     Lies,
     needed,
@@ -48,7 +48,7 @@ def to_portable(shard: Shard, state: dict[str, Any], switches: Switches) -> dict
     for name, value in state.items():
         if name in LIKE_PARAMETER:
             portable[name] = shard.spread(value.clone())
-        elif name in WHOLE:
+        elif name in REPLICATED:
             portable[name] = value.clone()
         elif name in SAMPLED:
             portable[name] = shard.spread_rows(_by_row(shard, value, switches.slice_p))
@@ -195,18 +195,18 @@ def _to_local(method: Method, shard: Shard, saved: dict[str, Any], group: dict[s
     weights, slice_p = shard.weights(), method.switches(group).slice_p
     local: dict[str, Any] = {}
     for name, value in saved.items():
-        if name in (*LIKE_PARAMETER, *WHOLE, *SAMPLED):
+        if name in (*LIKE_PARAMETER, *REPLICATED, *SAMPLED):
             _check_dtype(name, value)
         if name in LIKE_PARAMETER:
             _check_shape(name, value, shard.shape)
             local[name] = _on(shard.extract(value), weights).clone(memory_format=torch.preserve_format)
-        elif name in WHOLE:
+        elif name in REPLICATED:
             local[name] = _on(_whole(value), weights).float().clone()
         elif name in SAMPLED:
             local[name] = _on(_samples_from(shard, name, value, slice_p), weights)
         elif name not in method.foreign:
             local[name] = _on(value, weights).clone() if isinstance(value, Tensor) else deepcopy(value)
-    if not set(local) & {*LIKE_PARAMETER, *WHOLE, *SAMPLED, *PARAMETER_NUMBERS}:
+    if not set(local) & {*LIKE_PARAMETER, *REPLICATED, *SAMPLED, *PARAMETER_NUMBERS}:
         # Somebody else's entries, saved before the first step.
         return local
     # The reference counts steps by group only: a parameter with state has had at least one.
@@ -228,7 +228,7 @@ def check_state(method: Method, shard: Shard, local: dict[str, Any], group: Mapp
         if entry.name not in local:
             raise ValueError(f"there is no {entry.name!r}")
     axes = factoring(shard.shape)
-    shapes = dict(zip(WHOLE, (axes.row_shape, axes.col_shape), strict=True)) if axes else {}
+    shapes = dict(zip(REPLICATED, (axes.row_shape, axes.col_shape), strict=True)) if axes else {}
     for entry in TENSORS:
         value = local.get(entry.name)
         if value is None:

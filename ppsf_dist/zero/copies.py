@@ -20,10 +20,10 @@ class CopiesLayout(Layout):
     starts_with_zeros = True
 
     def members(self, part: Part) -> list[Member]:
-        places = {id(param): place for place, param in enumerate(p for params in self.given for p in params)}
+        param_ids = {id(param): n for n, param in enumerate(p for params in self.given for p in params)}
         originals = {id(copy): original for copy, original in self._pairs()}
         return [
-            Member(copy, index, places[id(originals[id(copy)])])
+            Member(copy, index, param_ids[id(originals[id(copy)])])
             for index, group in enumerate(self.groups)
             for copy in group["params"]
         ]

@@ -110,7 +110,7 @@ class Work:
     size: Shape
     boxes: list[Box]
     shards: list[Shard]
-    positions: list[int]
+    box_indices: list[int]
     slots: list[int]
     tiles: list[Tile]
     flat: bool
@@ -133,8 +133,8 @@ class Work:
             self.gradients = gradients
         else:
             self.gradients = [
-                None if gradient is None else self._piece(shard, position, gradient)
-                for shard, position, gradient in zip(self.shards, self.positions, gradients, strict=True)
+                None if gradient is None else self._piece(shard, index, gradient)
+                for shard, index, gradient in zip(self.shards, self.box_indices, gradients, strict=True)
             ]
 
     def release(self) -> None:
@@ -145,10 +145,10 @@ class Work:
         """This work's pieces of one local tensor for each of its shards."""
         if self.direct:
             return locals_
-        return [self._piece(shard, i, t) for shard, i, t in zip(self.shards, self.positions, locals_, strict=True)]
+        return [self._piece(shard, i, t) for shard, i, t in zip(self.shards, self.box_indices, locals_, strict=True)]
 
-    def _piece(self, shard: Shard, position: int, local: Tensor) -> Tensor:
-        view = shard.views(local)[position]
+    def _piece(self, shard: Shard, box_index: int, local: Tensor) -> Tensor:
+        view = shard.views(local)[box_index]
         return view.reshape(self.size) if self.flat else view
 
     @property
@@ -174,10 +174,10 @@ def plan_work(
     batches: dict[object, list[Work]] = {}
     works: list[Work] = []
     for shard, slot, switch in zip(shards, slots, switches, strict=True):
-        placed = moments.slots[slot]
+        placed = moments.placed[slot]
         local = shard.weights()
         first_sample = 0
-        for position, box in enumerate(shard.boxes):
+        for box_index, box in enumerate(shard.boxes):
             flat = placed is None and box.is_flat and local.is_contiguous()
             size = (box.numel,) if flat else box.size
             samples = slice(first_sample, first_sample + count_in(box, switch.slice_p))
@@ -201,7 +201,7 @@ def plan_work(
             work = stack[-1]
             work.boxes.append(box)
             work.shards.append(shard)
-            work.positions.append(position)
+            work.box_indices.append(box_index)
             work.slots.append(slot)
             for name in ("p0", "s"):
                 if name in state[shard.param]:
@@ -250,7 +250,7 @@ def _finish(work: Work, moments: FactoredMoments, state: State) -> None:
         if name in state[work.shards[0].param]:
             work.states[name] = work.pieces([state[shard.param][name] for shard in work.shards])
     if work.row_axis is not None:
-        pairs = [moments.places(slot, box) for slot, box in zip(work.slots, work.boxes, strict=True)]
+        pairs = [moments.strided(slot, box) for slot, box in zip(work.slots, work.boxes, strict=True)]
         work.row_index = torch.stack([row.index(device) for row, _ in pairs])
         work.col_index = torch.stack([col.index(device) for _, col in pairs])
     starts = torch.tensor([box.flat_start for box in work.boxes], device=device)
