@@ -58,7 +58,7 @@ def peak_bytes(width: int, depth: int, device: torch.device, *, in_backward: boo
 
     for parameter in parameters:
         # Hooks run in the order of their registration: this one before the gradient is used and freed.
-        parameter.register_post_accumulate_grad_hook(count)  # type: ignore[no-untyped-call]
+        parameter.register_post_accumulate_grad_hook(count)
     if in_backward:
         step_in_backward(model, optimizer)
     for step in range(2):

@@ -59,7 +59,7 @@ class Trainer:
     def train_on(self, windows: Tensor) -> Tensor:
         """Takes one step on this rank's windows of the global batch and returns their mean loss before it."""
         loss = next_byte_loss(self._forward, windows.to(self.device))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()

@@ -31,7 +31,8 @@ def seconds(task: Callable[[], object]) -> float:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    parent, mebibytes = (sys.argv[1:2] or [None])[0], int((sys.argv[2:3] or ["512"])[0])
+    parent = sys.argv[1] if len(sys.argv) > 1 else None
+    mebibytes = int(sys.argv[2]) if len(sys.argv) > 2 else 512
     state = {"model": {f"w{i}": torch.randn(mebibytes << 14) for i in range(16)}, "optimizer": {"lr": 1.0}}
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         path = Path(folder)

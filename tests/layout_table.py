@@ -159,8 +159,8 @@ def main() -> None:
         for key, title in ON_MESHES.items()
     ]
     rows += [(title, ranks, on_zero, stage, AWKWARD) for (stage, ranks), title in ON_ZERO.items()]
-    for title, *where in rows:
-        results = {name: compared(name, *where) for name in OPTIMIZERS}
+    for title, ranks, work, where, shapes in rows:
+        results = {name: compared(name, ranks, work, where, shapes) for name in OPTIMIZERS}
         ours = cell(results["ppsf_dist"], detailed=True)
         print(
             f"| {title} | {ours} | " + " | ".join(cell(results[n], detailed=False) for n in others) + " |", flush=True

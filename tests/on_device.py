@@ -44,7 +44,9 @@ def train(device: str, dtype: torch.dtype, switch: Switch) -> Run:
     run = Run(start, {}, {})
     for step, gradients in enumerate(gradient_sequence(SHAPES, STEPS, dtype=dtype)):
         for name, parameter in parameters.items():
-            parameter.grad = gradients[name].to(device)
+            gradient = gradients[name]
+            assert gradient is not None
+            parameter.grad = gradient.to(device)
         # Frozen statistics are another plan, made when the steps for them are over.
         replans = step == switch.get("prodigy_steps", 0)
         with no_waiting("" if step == 0 or replans else device):

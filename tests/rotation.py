@@ -55,8 +55,8 @@ KEPT: dict[str, int | tuple[str, ...]] = {
     "test_interruptions.py::test_every_point_of_a_step_on_one_process": 5,
     "test_interruptions.py::test_every_point_of_a_step_on_two_ranks": ("default",),
     "test_interruptions.py::test_an_error_on_one_rank_in_the_middle_of_a_step_is_all_ranks": ("cautious",),
-    "test_torch_suite.py::test_compiled_programs_step_as_others": 3,
-    "test_torch_suite.py::test_forloop_goes_right_direction": 3,
+    "torch_suite/test_compilers.py::test_compiled_programs_step_as_others": 3,
+    "torch_suite/test_steps.py::test_forloop_goes_right_direction": 3,
     "test_backward.py::test_fully_shard": 2,
     # Ranks: every layout and every stage stays, with fewer switches.
     "test_layouts.py::test_every_shape_in_every_role": 5,

@@ -22,6 +22,7 @@ from ppsf_dist import ProdigyPlusScheduleFree
 
 Shapes = list[tuple[int, ...]]
 RANK = 16
+WIDTHS = (1024, 2048, 3072, 4096)
 """Of the adapters in the set "lora"."""
 
 
@@ -36,7 +37,7 @@ SETS: dict[str, Shapes] = {
     "gpt2": gpt2(),
     "matrix": [(4096, 4096)],
     # Both halves of each adapter: A maps to the rank of 16, B from it and starts at zero.
-    "lora": [shape for n in (1024, 2048, 3072, 4096) for shape in ((RANK, n), (n, RANK))] * 125,
+    "lora": [*[(RANK, n) for n in WIDTHS], *[(n, RANK) for n in WIDTHS]] * 125,
     "tiny": [(16, 64)] * 500,
 }
 

@@ -32,7 +32,7 @@ class DeviceOnly(TorchDispatchMode):
     """Collects operators that use tensors of host and device together, counts copies to the device and operators."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.mixed: list[str] = []
         self.uploads = self.launches = 0
 
@@ -117,7 +117,7 @@ def launches_of_a_step(shapes: NamedShapes, dtype: torch.dtype) -> int:
             parameter.grad = torch.empty_like(parameter)
         with DeviceOnly() as seen:
             optimizer.step()
-    return seen.launches
+    return int(seen.launches)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -92,8 +92,9 @@ def test_lr_is_zero_only_in_a_group() -> None:
 @pytest.mark.parametrize("name", ["split_groups", "split_groups_mean", "fused_back_pass", "reference_quirks"])
 def test_groups_agree_on_what_belongs_to_the_optimizer(name: str) -> None:
     other = not {**ARGUMENTS, "reference_quirks": True}[name]
+    groups: list[dict[str, Any]] = [{"params": [parameter()]}, {"params": [parameter()], name: other}]
     with pytest.raises(ValueError, match=f"{name} is .* in group 0 and .* in group 1"):
-        ProdigyPlusScheduleFree([{"params": [parameter()]}, {"params": [parameter()], name: other}])
+        ProdigyPlusScheduleFree(groups)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +218,8 @@ def test_schedulers_of_torch_scale_the_step() -> None:
     for scale in (1.0, 0.25):
         p = nn.Parameter(torch.zeros(5))
         optimizer = quiet([p], d0=1e-2, prodigy_steps=1)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k, scale=scale: scale if k else 1.0)
+        factors = (1.0, scale, scale)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors.__getitem__)
         for _ in range(2):
             before = optimizer.state[p]["z"].clone() if p in optimizer.state else torch.zeros(5)
             p.grad = torch.ones(5)
@@ -327,7 +329,7 @@ def test_numbers_of_numpy_and_others_are_the_numbers_that_they_are() -> None:
 @pytest.mark.parametrize("name", ["lr", "d0", "weight_decay", "prodigy_steps", "seed", "schedulefree_c", "eps"])
 def test_huge_integers_are_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}=an integer of 1329 bits is out of range: allowed is"):
-        ProdigyPlusScheduleFree([parameter()], **{name: 10**400})
+        ProdigyPlusScheduleFree([parameter()], **cast(Any, {name: 10**400}))
 
 
 def test_numbers_beyond_fp32_are_named() -> None:
@@ -363,8 +365,9 @@ def test_numbers_of_a_step_are_normal_in_fp32(d0: float) -> None:
 )
 def test_a_typo_in_a_group_is_named(key: str, meant: str) -> None:
     says = f"{key}=1 in a parameter group is no argument: did you mean {meant}.*parameter group 1"
+    groups: list[dict[str, Any]] = [{"params": [parameter()]}, {"params": [parameter()], key: 1}]
     with pytest.raises(ValueError, match=says):
-        ProdigyPlusScheduleFree([{"params": [parameter()]}, {"params": [parameter()], key: 1}])
+        ProdigyPlusScheduleFree(groups)
     optimizer = quiet([parameter()])
     with pytest.raises(ValueError, match=says):
         optimizer.add_param_group({"params": [parameter()], key: 1})

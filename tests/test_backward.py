@@ -13,12 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ppsf_dist import ProdigyPlusScheduleFree
 from ppsf_dist.fsdp import step_in_backward
 from tests.harness.counting import count_collectives
-from tests.harness.layouts import gather, set_grads, shard_parameters
+from tests.harness.layouts import gather, local, set_grads, shard_parameters
 from tests.harness.models import D0, gradient_sequence, initial_weights, named_shapes
 from tests.harness.pool import run
 from tests.runs import SINGLE, Run, difference, make_optimizer, open_loop
@@ -241,7 +242,9 @@ def beside_fsdp() -> dict[str, Any]:
     for in_backward in (True, False):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
-        fully_shard(model, ignored_params={model[1].bias})
+        bias = model[1].bias
+        assert isinstance(bias, nn.Parameter)
+        fully_shard(model, ignored_params={bias})
         optimizer = ProdigyPlusScheduleFree(model.parameters(), d0=D0, fused_back_pass=in_backward)
         if in_backward:
             step_in_backward(model, optimizer)
@@ -254,6 +257,7 @@ def beside_fsdp() -> dict[str, Any]:
         weights[in_backward] = gather(dict(model.named_parameters()))
         if in_backward:
             sharded = model[0].weight
+            assert isinstance(sharded, Tensor)
             sharded.grad = torch.zeros_like(sharded)
             with pytest.raises(RuntimeError, match="step_in_backward"):
                 optimizer.step_param(sharded)
@@ -278,12 +282,14 @@ def bad_block() -> dict[str, Any]:
     model = wrap(Tied(), "default")
     assert isinstance(model, FSDPModule) and isinstance(model.blocks, nn.ModuleList)
     optimizer = ProdigyPlusScheduleFree(model.parameters(), d0=D0, fused_back_pass=True)
-    bad = model.blocks[0][1].bias
+    block = model.blocks[0]
+    assert isinstance(block, nn.Sequential) and isinstance(block[1].bias, Tensor)
+    bad = block[1].bias
     poison = {"on": False}
 
     def spoil(param: Tensor) -> None:
         if poison["on"] and dist.get_rank() == 1:
-            assert param.grad is not None
+            assert isinstance(param.grad, DTensor)
             param.grad.to_local()[-1] = float("inf")
 
     bad.register_post_accumulate_grad_hook(spoil)
@@ -291,12 +297,12 @@ def bad_block() -> dict[str, Any]:
     moved = defaultdict(list)
     for on in (False, True, False):
         poison["on"] = on
-        before = {name: p.detach().to_local().clone() for name, p in model.named_parameters()}
+        before = {name: local(p.detach()).clone() for name, p in model.named_parameters()}
         numbers_before = numbers(optimizer)
         loss_of(model, batch(0).chunk(2)[dist.get_rank()]).backward()
         optimizer.step()
         for name, p in model.named_parameters():
-            moved[name].append(not torch.equal(p.to_local(), before[name]))
+            moved[name].append(not torch.equal(local(p), before[name]))
         same = [{k: v for k, v in g.items() if k != "skipped_steps"} for g in numbers(optimizer)] == [
             {k: v for k, v in g.items() if k != "skipped_steps"} for g in numbers_before
         ]

@@ -177,7 +177,8 @@ def test_no_checkpoint_is_said_so(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_is_refused_changes_nothing(tmp_path: Path) -> None:
     """Neither weights nor state, whether the optimizer does not fit or the model."""
-    for name, rows, switches in (("speed", 3, {"use_speed": True}), ("shape", 2, {})):
+    cases: list[tuple[str, int, dict[str, Any]]] = [("speed", 3, {"use_speed": True}), ("shape", 2, {})]
+    for name, rows, switches in cases:
         model, optimizer = build("single", **switches)
         model.register_buffer("table", torch.ones(rows, 3))
         train(model, optimizer, 0, 3)

@@ -9,11 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ppsf_dist import ProdigyPlusScheduleFree, averaged, check_replicas
 from ppsf_dist.sharding.fingerprint import checksum
-from tests.harness.layouts import LAYOUTS, Layout, set_grads, shard_parameters
+from tests.harness.layouts import LAYOUTS, Layout, local, set_grads, shard_parameters
 from tests.harness.models import gradient_sequence, initial_weights, named_shapes
 from tests.harness.pool import run
 from tests.runs import make_groups, make_optimizer
@@ -142,10 +141,6 @@ def test_first_step_of_ranks_that_are_alike() -> None:
 
 def change_one_bit(tensor: Tensor) -> None:
     tensor.view(-1).view(torch.int32)[-1] ^= 1
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def check(layout: Layout, fault: str, rank: int, switch: Switch) -> str:

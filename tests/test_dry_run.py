@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ppsf_dist import ProdigyPlusScheduleFree
 from ppsf_dist.dry_run import Share, forecast
+from ppsf_dist.kernels.eager.passes import EagerPasses
 from ppsf_dist.methods.prodigy_plus import PRODIGY_PLUS
 from ppsf_dist.methods.switches import Switches
 from tests.bootstrap import launchers
 from tests.harness.counting import count_collectives
+from tests.harness.layouts import local
 from tests.harness.pool import run
 from tests.switches import EVERY, Switch
 
@@ -40,10 +41,6 @@ def make_model(dtype: torch.dtype) -> nn.Module:
 def switches_of(optimizer: ProdigyPlusScheduleFree) -> Switches:
     (group,) = optimizer.param_groups
     return PRODIGY_PLUS.switches_now(group)
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def size(tensors: Any) -> int:
@@ -71,6 +68,7 @@ def held_as_state(optimizer: ProdigyPlusScheduleFree, parameters: list[nn.Parame
         return size(local(optimizer.state[p][name]) for p in parameters for name in names if name in optimizer.state[p])
 
     tables = [v for name, v in vars(plan.moments).items() if isinstance(v, Tensor) and name != "values"]
+    assert isinstance(plan.passes, EagerPasses)
     tables += [index for work in plan.passes.works for index in (work.row_index, work.col_index) if index is not None]
     factored = state("exp_avg_sq_row", "exp_avg_sq_col")
     assert factored == plan.moments.values.nbytes

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.nn.parallel import DistributedDataParallel
 
 from ppsf_dist import ProdigyPlusScheduleFree, averaged
-from tests.harness.layouts import gather
+from tests.harness.layouts import gather, local
 from tests.harness.models import D0
 from tests.harness.pool import run
 
@@ -46,13 +46,13 @@ class Tied(nn.Module):
 
 
 def wrap(model: Tied, how: str) -> nn.Module:
-    options: dict[str, Any] = {
-        "default": {},
+    policies: dict[str, dict[str, Any]] = {
         "keep": {"reshard_after_forward": False},
         "reshard": {"reshard_after_forward": True},
         "mixed": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
         "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
-    }.get(how, {})
+    }
+    options = policies.get(how, {})
     if how == "single":
         return model
     if how == "ddp":
@@ -61,7 +61,8 @@ def wrap(model: Tied, how: str) -> nn.Module:
         options = {"mesh": init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))}
     for block in model.blocks:
         fully_shard(block, **options)
-    return fully_shard(model, **options)
+    fully_shard(model, **options)
+    return model
 
 
 def batch(step: int) -> Tensor:
@@ -175,7 +176,7 @@ def bf16_replicas(steps: int) -> dict[str, Tensor]:
         optimizer.step()
     gather(dict(module.named_parameters()), {n: optimizer.state[p]["z"] for n, p in module.named_parameters()
                                              if "unused" not in n} | {
-        n: p.to_local() for n, p in module.named_parameters() if "unused" in n})  # fmt: skip
+        n: local(p) for n, p in module.named_parameters() if "unused" in n})  # fmt: skip
     return gather(dict(module.named_parameters()))
 
 

@@ -31,7 +31,7 @@ class RaiseAt(TorchDispatchMode):
     """Notes where collectives are among the operators, and raises before the operator of a given number."""
 
     def __init__(self, point: int | None, error: type[BaseException]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count, self.point, self.error = 0, point, error
         self.collectives: list[int] = []
 

@@ -130,7 +130,8 @@ def one_rank_without(layout: Layout, missing: bool) -> tuple[dict[str, Tensor], 
         if dist.get_rank() == dist.get_world_size() - 1:
             for name, parameter in parameters.items():
                 if name == "wide":
-                    parameter.grad = None if missing else parameter.grad * 0
+                    assert parameter.grad is not None
+                    parameter.grad = None if missing else torch.zeros_like(parameter.grad)
         optimizer.step()
     return gather(parameters), optimizer.get_d()
 

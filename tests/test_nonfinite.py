@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
 from ppsf_dist import ProdigyPlusScheduleFree
-from tests.harness.layouts import LAYOUTS, Layout, set_grads, shard_parameters
+from tests.harness.layouts import LAYOUTS, Layout, local, set_grads, shard_parameters
 from tests.harness.models import gradient_sequence, initial_weights, named_shapes
 from tests.harness.pool import run
 from tests.rotation import rotated
@@ -18,10 +17,6 @@ from tests.switches import EVERY, Switch
 
 SHAPES = named_shapes("small")
 DISTRIBUTED = [name for name, layout in LAYOUTS.items() if layout.world_size > 1 and name != "replicated"]
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def bits(parameters: dict[str, Any], optimizer: ProdigyPlusScheduleFree) -> list[Any]:
@@ -63,6 +58,7 @@ def poison(layout: Layout, switch: Switch, value: float, free: bool = True) -> d
                 rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
                 target = next(p for p in parameters.values() if p.grad is not None and local(p.grad).numel() > 1)
                 if rank == layout.world_size - 1:
+                    assert target.grad is not None
                     local(target.grad).view(-1)[1] = value
             if not free and step > 0:
                 for plan in optimizer._engine.plans.values():

@@ -153,7 +153,8 @@ def steps_of(optimizer: Any, parameters: dict[str, Any], first: int, last: int) 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_copies_that_arrive_late_are_told_in_order_and_each_once(seed: int) -> None:
-    prompt, late = [], []
+    prompt: list[StepReport] = []
+    late: list[StepReport] = []
     for told, host in ((prompt, None), (late, Late(seed))):
         parameters = shard_parameters(initial_weights(SHAPES), SINGLE)
         optimizer = make_optimizer(parameters, 2)

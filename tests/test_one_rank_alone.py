@@ -215,7 +215,9 @@ def skips_alone(layout: Layout) -> str:
     for step, gradients in enumerate(gradient_sequence(SHAPES, 3)):
         set_grads(parameters, gradients)
         if step == 1 and dist.get_rank() == ODD:
-            parameters["tall"].grad[0, 0] = float("nan")
+            gradient = parameters["tall"].grad
+            assert gradient is not None
+            gradient[0, 0] = float("nan")
         optimizer.step()
     try:
         check_replicas(optimizer)

@@ -19,7 +19,7 @@ from torch import nn
 from ppsf_dist import Prodigy
 from ppsf_dist.fsdp import step_in_backward
 from tests.harness.layouts import LAYOUTS, set_grads, shard_parameters
-from tests.harness.models import D0, gradient_sequence, initial_weights, named_shapes
+from tests.harness.models import D0, NamedShapes, gradient_sequence, initial_weights, named_shapes
 from tests.harness.pool import run
 from tests.runs import make_groups, make_other
 
@@ -68,14 +68,16 @@ def test_a_bad_argument_is_named_with_what_is_allowed(arguments: dict[str, Any],
 def test_groups_must_agree_on_what_belongs_to_the_one_d() -> None:
     one, two = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     for name, value in {"d0": 1e-3, "beta3": 0.5, "d_coef": 2.0, "growth_rate": 2.0, "safeguard_warmup": True}.items():
+        groups: list[dict[str, Any]] = [{"params": [one]}, {"params": [two], name: value}]
         with pytest.raises(ValueError, match=f"{name} is .* in group 0 and .* in group 1"):
-            Prodigy([{"params": [one]}, {"params": [two], name: value}])
+            Prodigy(groups)
 
 
 def test_a_learning_rate_of_its_own_in_a_group_is_refused() -> None:
     one, two = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    groups: list[dict[str, Any]] = [{"params": [one]}, {"params": [two], "lr": 0.5}]
     with pytest.raises(ValueError, match="lr is 1.0 in group 0, 0.5 in group 1: one step size d serves all groups"):
-        Prodigy([{"params": [one]}, {"params": [two], "lr": 0.5}])
+        Prodigy(groups)
 
 
 def test_a_schedule_that_parts_the_learning_rates_changes_nothing() -> None:
@@ -192,7 +194,7 @@ def test_p4_coupled_decay_leaves_the_gradient_as_it_is() -> None:
 
 def d_of_ranks(layout: str, reference: bool) -> list[float]:
     # All even, for on others it raises.
-    shapes = [("wide", (48, 64)), ("tall", (64, 48))]
+    shapes: NamedShapes = [("wide", (48, 64)), ("tall", (64, 48))]
     parameters = shard_parameters(initial_weights(shapes), LAYOUTS[layout])
     if reference:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -13,12 +13,12 @@ from torch import nn
 from ppsf_dist import ProdigyPlusScheduleFree
 from ppsf_dist.engine.host import HostAccess, PendingCopy
 from tests.harness.counting import count_host_syncs
-from tests.harness.layouts import LAYOUTS, Layout, gather, set_grads, shard_parameters
-from tests.harness.models import gradient_sequence, initial_weights, named_shapes
+from tests.harness.layouts import LAYOUTS, Layout, gather, local, set_grads, shard_parameters
+from tests.harness.models import NamedShapes, gradient_sequence, initial_weights, named_shapes
 from tests.harness.pool import run
 from tests.runs import SINGLE, make_optimizer
 from tests.switches import EVERY
-from tests.test_nonfinite import bits, local, same
+from tests.test_nonfinite import bits, same
 
 SHAPES = named_shapes("small")
 SHARDED = [name for name, layout in LAYOUTS.items() if layout.world_size > 1 and name != "replicated"]
@@ -177,7 +177,7 @@ def at_the_edge(layout: Layout) -> dict[str, tuple[int, dict[str, Any]]]:
     seen = {}
     for name, (size, _) in EDGE.items():
         for factored in (True, False):
-            shapes = [("w", (64, 64))]
+            shapes: NamedShapes = [("w", (64, 64))]
             parameters = shard_parameters(initial_weights(shapes), layout)
             optimizer = make_optimizer(parameters, 1, factored=factored)
             set_grads(parameters, {"w": torch.full((64, 64), size)})

@@ -7,7 +7,7 @@ import io
 import pickle
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -50,7 +50,8 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv(torch.relu(self.embed(x)).unsqueeze(1)) @ self.zero.t() * self.scale
         conv = self.conv(torch.relu(self.embed(x)).unsqueeze(1))
-        return self.out((hidden.mean(-1, keepdim=True) + conv).mean(-1))
+        out: Tensor = self.out((hidden.mean(-1, keepdim=True) + conv).mean(-1))
+        return out
 
 
 def build(layout: str, dtype: torch.dtype = torch.float32, **switches: Any) -> tuple[Net, ProdigyPlusScheduleFree]:
@@ -291,7 +292,7 @@ def _round_trip(path: str, options: dict[str, bool]) -> None:
     """Through torch's own functions, with each of their options."""
     model, optimizer = build("fsdp")
     train(model, optimizer, 0, 5)
-    settings = StateDictOptions(**options)
+    settings = StateDictOptions(**cast(Any, options))
     saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=settings))
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     train(model, optimizer, 5, 8)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -105,8 +105,10 @@ def on_equal_meshes() -> list[float]:
                  init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))):  # fmt: skip
         # nn.Parameter() would hit the cache, which has the first mesh for both.
         parameters.append(distribute_tensor(torch.ones(34, 40), mesh, [Shard(0)]).requires_grad_())
-    assert parameters[0].device_mesh == parameters[1].device_mesh
-    assert parameters[0].device_mesh._get_root_mesh() != parameters[1].device_mesh._get_root_mesh()
+    first, second = parameters
+    assert isinstance(first, DTensor) and isinstance(second, DTensor)
+    assert first.device_mesh == second.device_mesh
+    assert first.device_mesh._get_root_mesh() != second.device_mesh._get_root_mesh()
     optimizer = ProdigyPlusScheduleFree(parameters, d0=D0)
     for _ in range(3):
         for parameter in parameters:

@@ -40,12 +40,12 @@ class PendingCopy:
         self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=wants_event)
         self._host.copy_(values, non_blocking=True)
         if wants_event:
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event = torch.cuda.Event()
             self._event.record()
 
     def take(self, *, wait: bool = False) -> Tensor | None:
         """The copied values in the host's memory, or None if they have not arrived and nobody waits for them."""
-        if self._event is not None and not self._event.query():  # type: ignore[no-untyped-call]
+        if self._event is not None and not self._event.query():
             if not wait:
                 return None
             self._event.synchronize()

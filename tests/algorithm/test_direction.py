@@ -36,8 +36,8 @@ def test_scales() -> None:
 
 
 def orthogonal(u: Tensor, w: Tensor) -> Tensor:
-    sums = [torch.dot(*pair).reshape(1) for pair in ((u, u), (w, w), (w, u))]
-    keep, pull = direction.orthogonal_scales(*sums, torch.tensor([u.numel()]))
+    uu, ww, wu = (torch.dot(*pair).reshape(1) for pair in ((u, u), (w, w), (w, u)))
+    keep, pull = direction.orthogonal_scales(uu, ww, wu, torch.tensor([u.numel()]))
     return keep * u - pull * w
 
 

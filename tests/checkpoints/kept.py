@@ -42,7 +42,8 @@ def start(name: str, layout: str) -> tuple[nn.Module, ProdigyPlusScheduleFree]:
 def step(name: str, model: nn.Module, optimizer: ProdigyPlusScheduleFree, first: int, last: int) -> None:
     for number, gradients in enumerate(gradient_sequence(SHAPES, last, dtype=KEPT[name][1])):
         if number >= first:
-            set_grads(dict(model.weights.items()), gradients)  # type: ignore[operator]
+            assert isinstance(model.weights, nn.ParameterDict)
+            set_grads(dict(model.weights.items()), gradients)
             optimizer.step()
 
 
@@ -74,6 +75,6 @@ if __name__ == "__main__":
     # Workers import functions by name, and this module has none of its own while it runs.
     from tests.checkpoints.kept import save as save_on_ranks
 
-    for kept, (its_layout, _, _) in KEPT.items():
+    for kept, (its_layout, *_) in KEPT.items():
         run(LAYOUTS[its_layout].world_size, save_on_ranks, kept, Path(sys.argv[1]))
     close()

@@ -169,7 +169,7 @@ def killed_at(point: int, task: Callable[[], Any]) -> bool:
         for name in CHANGES:
             setattr(os, name, fatal(getattr(os, name)))
         first = SummingWriter.write
-        SummingWriter.write = write  # type: ignore[method-assign, assignment]
+        SummingWriter.write = write  # type: ignore[method-assign]
         task()
 
     status = in_fork(doomed)
@@ -321,7 +321,12 @@ def test_without_locks_a_save_of_another_job_in_between_is_noticed(
     saved(tmp_path)
     saved(tmp_path)
     assert "cannot be locked" in caplog.text
-    assert in_fork(lambda: (release_checkpoint(), saved(tmp_path, 2))) == 0
+
+    def another_job() -> None:
+        release_checkpoint()
+        saved(tmp_path, 2)
+
+    assert in_fork(another_job) == 0
     with pytest.raises(RuntimeError, match="another job has saved since"):
         saved(tmp_path)
     assert load_checkpoint(tmp_path, *fresh()) == {"step": 2}

@@ -21,6 +21,7 @@ from ppsf_dist.checkpoints import folder as folders
 from ppsf_dist.checkpoints.disk import SummingWriter
 from ppsf_dist.fsdp import load_checkpoint, save_checkpoint
 from tests.checkpoints.small import Pair
+from tests.harness.layouts import local
 from tests.harness.models import D0
 from tests.harness.pool import run
 from tests.test_state import same, snapshot
@@ -41,7 +42,7 @@ def sharded(steps: int) -> Pair:
 
 
 def state_of(pair: Pair) -> Any:
-    weights = {name: value.to_local().clone() for name, value in pair[0].named_parameters()}  # type: ignore[operator]
+    weights = {name: local(value.detach()).clone() for name, value in pair[0].named_parameters()}
     return weights, snapshot(pair[1])
 
 

@@ -95,7 +95,7 @@ def extra(folder: Path, bomb: Bomb) -> None:
     (folder / EXTRA).write_bytes(pickle.dumps(bomb))
 
 
-PLACES = {
+PLACES: dict[Callable[[Path, Bomb], None], str] = {
     metadata_itself: r"\.metadata is not read: it asks for pathlib.*Path",
     a_field_of_metadata: r"\.metadata is not read: it asks for pathlib.*Path",
     a_key_of_metadata: r"\.metadata is not read: it asks for pathlib.*Path",

@@ -39,7 +39,7 @@ def single(name: str) -> Run:
 
 
 def engine_of(name: str, stage: int) -> Any:
-    sub_groups = {"sub_group_size": 1000} if stage == 3 else {}
+    sub_groups: dict[str, Any] = {"sub_group_size": 1000} if stage == 3 else {}
     settings = config(stage, **sub_groups) | {"optimizer": {"type": name, "params": CLASSES[name]}}
     return make_engine(SHAPES, settings, groups=2, named=True)
 
@@ -96,7 +96,7 @@ def test_every_stage(name: str, stage: int) -> None:
 
 def computes_with(name: str, stage: int) -> tuple[Run, Run]:
     """Weights in bf16 of the model, and those in fp32 that they are a copy of."""
-    sub_groups = {"sub_group_size": 1000} if stage == 3 else {}
+    sub_groups: dict[str, Any] = {"sub_group_size": 1000} if stage == 3 else {}
     settings = config(stage, torch.bfloat16, **sub_groups) | {"optimizer": {"type": name, "params": CLASSES[name]}}
     engine = make_engine(SHAPES, settings, dtype=torch.bfloat16, groups=2, named=True)
     for gradients in gradients_for(SHAPES, STEPS, torch.bfloat16):

@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ NAMED_IN_CONFIG = 2
 WIDTH = 40
 STEPS = 4
 # Trainer makes two groups, the config one.
-ARGUMENTS = {"d0": 1e-3, "split_groups": False}
+ARGUMENTS: dict[str, Any] = {"d0": 1e-3, "split_groups": False}
 
 
 class Regression(nn.Module):
@@ -58,7 +58,8 @@ def with_accelerate(stage: int) -> dict[str, Any]:
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings_for(stage, torch.bfloat16)))
     model = Regression()
     named = stage == NAMED_IN_CONFIG
-    optimizer = (DummyOptim if named else ProdigyPlusScheduleFree)(model.parameters(), **({} if named else ARGUMENTS))
+    parameters = model.parameters()
+    optimizer = DummyOptim(parameters) if named else ProdigyPlusScheduleFree(parameters, **ARGUMENTS)
     model, optimizer = accelerator.prepare(model, optimizer)
     inputs, labels = torch.randn(16, WIDTH), torch.randn(16)
     share = slice(dist.get_rank(), None, dist.get_world_size())
@@ -69,7 +70,7 @@ def with_accelerate(stage: int) -> dict[str, Any]:
 
     def loss() -> float:
         with torch.no_grad():
-            return model(inputs, labels)["loss"].item()
+            return float(model(inputs, labels)["loss"])
 
     losses = {"y": loss()}
     optimizer.eval()
@@ -105,11 +106,12 @@ def with_trainer(stage: int) -> dict[str, Any]:
             disable_tqdm=True,
         )
         # Under DeepSpeed Trainer ignores what it gets as optimizers=, without a word.
-        own = {} if stage == NAMED_IN_CONFIG else {"optimizer_cls_and_kwargs": (ProdigyPlusScheduleFree, ARGUMENTS)}
+        own: dict[str, Any] = {"optimizer_cls_and_kwargs": (ProdigyPlusScheduleFree, ARGUMENTS)}
+        own = {} if stage == NAMED_IN_CONFIG else own
         trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data[:16], **own)
         trainer.train()
         losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
-        trainer.optimizer.train()
+        cast(Any, trainer.optimizer).train()
         batch = {name: torch.stack([row[name] for row in data[:16]]) for name in data[0]}
         with torch.no_grad():
             y = trainer.model_wrapped(**batch)["loss"].item()

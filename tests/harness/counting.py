@@ -86,7 +86,7 @@ def count_host_syncs() -> Iterator[HostSyncs]:
         yield syncs
 
 
-class _CollectiveMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _CollectiveMode(TorchDispatchMode):
     def __init__(self, collectives: Collectives) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._collectives = collectives
@@ -109,7 +109,7 @@ class _CollectiveMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
-class _HostReadMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _HostReadMode(TorchDispatchMode):
     def __init__(self, syncs: HostSyncs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._syncs = syncs

@@ -94,7 +94,7 @@ def gather(parameters: Mapping[str, Tensor], pieces: Mapping[str, Tensor] | None
         AssertionError: ranks that hold the same element disagree about it in any bit, or no rank holds it.
     """
     mine = {
-        name: (box_of(parameter), (_local(parameter) if pieces is None else pieces[name]).detach())
+        name: (box_of(parameter), (local(parameter) if pieces is None else pieces[name]).detach())
         for name, parameter in parameters.items()
     }
     world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -130,13 +130,14 @@ def _box(shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement]
     return tuple(slice(low, high) for low, high in bounds)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """What of a tensor lies on this rank."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _distribute(full: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
-    local = full[_box(full.shape, mesh, placements)].clone(memory_format=torch.contiguous_format)
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
+    piece = full[_box(full.shape, mesh, placements)].clone(memory_format=torch.contiguous_format)
+    return DTensor.from_local(piece, mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
 
 
 def _assemble(name: str, shape: torch.Size, pieces: list[tuple[Box, Tensor]]) -> Tensor:

@@ -85,7 +85,7 @@ def _dtensor_collectives() -> tuple[Collectives, int, Collectives]:
 
     with count_collectives() as ours:
         gather_and_sum()
-    with CommDebugMode() as theirs:  # type: ignore[no-untyped-call]
+    with CommDebugMode() as theirs:
         gather_and_sum()
     with count_collectives() as elementwise:
         sharded.mul(2.0).add(sharded)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from prodigyplus import ProdigyPlusScheduleFree  # type: ignore[import-untyped]
+from prodigyplus import ProdigyPlusScheduleFree
 
 from tests.harness.models import D0, KINDS, ZERO_PREFIX, gradient_sequence, initial_weights, named_shapes
 from tests.harness.pool import run

@@ -197,7 +197,7 @@ class _ByValuePickler(pickle.Pickler):
                 "obj.to_local() or tests.harness.layouts.gather(...) instead."
             )
         if isinstance(obj, torch.Tensor):
-            return obj.detach().cpu().clone().__reduce_ex__(pickle.HIGHEST_PROTOCOL)  # type: ignore[no-untyped-call]
+            return obj.detach().cpu().clone().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
         return NotImplemented
 
 

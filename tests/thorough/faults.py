@@ -46,7 +46,7 @@ class Trap:
             raise self._error
 
 
-class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Operators(TorchDispatchMode):
     """A point before each operator, or before and after each collective."""
 
     def __init__(self, trap: Trap, collectives: bool) -> None:
