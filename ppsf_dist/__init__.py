@@ -5,15 +5,26 @@ from ppsf_dist.clipping import clip_grad_norm_
 from ppsf_dist.consistency import check_replicas
 from ppsf_dist.engine.reports import StepReport
 from ppsf_dist.evaluation import averaged
+from ppsf_dist.optimizers.adamw_schedulefree import AdamWScheduleFree, RAdamScheduleFree
+from ppsf_dist.optimizers.closures import (
+    AdamWScheduleFreeClosure,
+    RAdamScheduleFreeClosure,
+    SGDScheduleFreeClosure,
+)
 from ppsf_dist.optimizers.prodigy import Prodigy
 from ppsf_dist.optimizers.prodigy_plus import ProdigyPlusScheduleFree
 from ppsf_dist.optimizers.sgd_schedulefree import SGDScheduleFree
 
 __all__ = [
+    "AdamWScheduleFree",
+    "AdamWScheduleFreeClosure",
     "ProcessInfo",
     "Prodigy",
     "ProdigyPlusScheduleFree",
+    "RAdamScheduleFree",
+    "RAdamScheduleFreeClosure",
     "SGDScheduleFree",
+    "SGDScheduleFreeClosure",
     "StepReport",
     "averaged",
     "check_replicas",

@@ -23,7 +23,7 @@ class Member:
         variants: arguments.
         numbers: of a group, that both have.
         collectives: of a step on shards.
-        evaluates: whether it has ``eval()`` and ``train()``.
+        evaluates: whether ``eval()`` and ``train()`` do anything.
     """
 
     reference: Any
@@ -34,6 +34,7 @@ class Member:
 
 
 D0 = {"d0": 1e-4}
+SCHEDULEFREE = ("k", "weight_sum", "lr_max", "scheduled_lr")
 
 FAMILY: dict[str, Member] = {
     "SGDScheduleFree": Member(
@@ -44,7 +45,47 @@ FAMILY: dict[str, Member] = {
             "warmup": {"lr": 0.1, "warmup_steps": 4},
             "powers": {"lr": 0.1, "momentum": 0.95, "r": 1.5, "weight_lr_power": 1.0},
         },
-        ("k", "weight_sum", "lr_max", "scheduled_lr"),
+        SCHEDULEFREE,
+    ),
+    "SGDScheduleFreeClosure": Member(
+        schedulefree.SGDScheduleFreeClosure,
+        {"default": {"lr": 0.1, "momentum": 0.95}, "decay": {"lr": 0.1, "weight_decay": 0.1, "warmup_steps": 4}},
+        SCHEDULEFREE,
+        evaluates=False,
+    ),
+    "AdamWScheduleFreeClosure": Member(
+        schedulefree.AdamWScheduleFreeClosure,
+        {"default": {"lr": 0.01}, "decay": {"lr": 0.01, "weight_decay": 0.1, "warmup_steps": 4, "r": 1.0}},
+        SCHEDULEFREE,
+        evaluates=False,
+    ),
+    "RAdamScheduleFreeClosure": Member(
+        schedulefree.RAdamScheduleFreeClosure,
+        {
+            "default": {"lr": 0.01, "betas": (0.9, 0.99)},
+            "sgd_phase": {"lr": 0.01, "silent_sgd_phase": False, "weight_decay": 0.1},
+        },
+        SCHEDULEFREE,
+        evaluates=False,
+    ),
+    "AdamWScheduleFree": Member(
+        schedulefree.AdamWScheduleFree,
+        {
+            "default": {"lr": 0.01},
+            "decay": {"lr": 0.01, "weight_decay": 0.1, "betas": (0.95, 0.99)},
+            "eps": {"lr": 0.01, "eps": 1e-3},
+            "warmup": {"lr": 0.01, "warmup_steps": 4, "r": 1.0, "weight_lr_power": 1.0},
+        },
+        SCHEDULEFREE,
+    ),
+    "RAdamScheduleFree": Member(
+        schedulefree.RAdamScheduleFree,
+        {
+            "default": {"lr": 0.01, "betas": (0.9, 0.99)},
+            "sgd_phase": {"lr": 0.01, "silent_sgd_phase": False},
+            "decay": {"lr": 0.01, "weight_decay": 0.1, "silent_sgd_phase": False, "r": 1.0},
+        },
+        SCHEDULEFREE,
     ),
     "Prodigy": Member(
         prodigyopt.Prodigy,

@@ -48,6 +48,20 @@ def make_optimizer(parameters: dict[str, Any], groups: int = 1, **switches: Any)
         return ProdigyPlusScheduleFree(make_groups(parameters, groups), **{"d0": D0, **switches})
 
 
+def take_step(optimizer: Any, parameters: dict[str, Any], gradients: dict[str, Tensor | None]) -> None:
+    """A step on given gradients. A closure form asks for them when it is at the training weights."""
+
+    def closure() -> float:
+        set_grads(parameters, gradients)
+        return 0.0
+
+    if "Closure" in type(optimizer).__name__:
+        optimizer.step(closure)
+    else:
+        set_grads(parameters, gradients)
+        optimizer.step()
+
+
 def make_other(name: str, parameters: dict[str, Any], groups: int = 1, **arguments: Any) -> DistributedOptimizer:
     """An optimizer of another class of the package, silent about combinations that it warns of."""
     with warnings.catch_warnings():
@@ -78,13 +92,13 @@ def open_loop(
         optimizer = make_other(optimizer_class, parameters, groups, **switches)
     run = Run(start, {}, {})
     for step, gradients in enumerate(gradient_sequence(shapes, steps, dtype=dtype, missing=missing)):
-        set_grads(parameters, with_noise(gradients, step) if noisy else gradients)
+        given = with_noise(gradients, step) if noisy else gradients
         if step < steps - 1:
-            optimizer.step()
+            take_step(optimizer, parameters, given)
         else:
             # Only the last one: the first also compares parameters between ranks, and counting takes time.
             with count_collectives() as collectives:
-                optimizer.step()
+                take_step(optimizer, parameters, given)
         assert optimizer.skipped_steps == 0  # Waits for the numbers, too.
         run.groups.append([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
     run.collectives, run.asynchronous = collectives.blocking, collectives.asynchronous

@@ -13,7 +13,7 @@ from tests.harness.layouts import LAYOUTS, set_grads, shard_parameters
 from tests.harness.models import NamedShapes, gradient_sequence, initial_weights, named_shapes
 from tests.harness.pool import run
 from tests.rotation import rotated
-from tests.runs import SINGLE, make_optimizer, open_loop_without_start
+from tests.runs import SINGLE, make_optimizer, open_loop_without_start, take_step
 from tests.switches import EVERY, Switch
 
 REDUCTIONS = {
@@ -144,10 +144,9 @@ def test_nothing_that_a_captured_graph_reads_moves_from_step_to_step(name: str, 
         if step == 5 and name != "beta1_zero":  # Which has no average.
             optimizer.eval()
             optimizer.train()
-        set_grads(parameters, gradients)
         for group in optimizer.param_groups:
             group["lr"] *= 0.9
-        optimizer.step()
+        take_step(optimizer, parameters, gradients)
         if step:
             for plan in optimizer._engine.plans.values():
                 plan.host.free = free

@@ -7,12 +7,19 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+ROWS = {"O": 29, "P": 8, "S": 4}
+"""How many differences from each reference are listed."""
 
 
 def test_the_tables_of_differences_have_every_row_and_name_tests_that_exist() -> None:
     lines = (ROOT / "docs" / "differences.md").read_text().splitlines()
-    rows = {match[1]: line for line in lines if (match := re.match(r"\| ([OP]\d+) \|", line))}
-    assert list(rows) == [*[f"O{number}" for number in range(1, 30)], *[f"P{number}" for number in range(1, 9)]]
+    rows = {match[1]: line for line in lines if (match := re.match(r"\| ([OPS]\d+) \|", line))}
+    expected = [f"{kind}{number}" for kind, count in ROWS.items() for number in range(1, count + 1)]
+    assert list(rows) == expected
+        *[f"O{number}" for number in range(1, 30)],
+        *[f"P{number}" for number in range(1, 9)],
+        *[f"S{number}" for number in range(1, 5)],
+    ]
     for name, row in rows.items():
         cited = re.findall(r"`(\w+)\.py::(\w+)`", row)
         assert cited, name

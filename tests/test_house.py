@@ -12,7 +12,9 @@ PACKAGE = ROOT / "ppsf_dist"
 LONGEST = 400
 NO_PROCESS_GROUP = ("algorithm", "methods", "kernels")
 OF_AN_OPTIMIZER = {
-    "SGDScheduleFree": ("optimizers/sgd_schedulefree.py", "methods/sgd_schedulefree.py"),
+    "SGDScheduleFree": ("optimizers/sgd_schedulefree.py", "methods/sgd_schedulefree.py", "methods/schedulefree.py"),
+    "AdamWScheduleFree": ("optimizers/adamw_schedulefree.py", "methods/adamw_schedulefree.py"),
+    "RAdamScheduleFree": ("optimizers/adamw_schedulefree.py", "methods/adamw_schedulefree.py"),
     "Prodigy": ("optimizers/prodigy.py", "methods/prodigy.py"),
 }
 LINES = {"SGDScheduleFree": 150}

@@ -18,7 +18,7 @@ from tests.harness.layouts import LAYOUTS, gather, set_grads, shard_parameters
 from tests.harness.models import D0, gradient_sequence, initial_weights, named_shapes
 from tests.harness.pool import run
 from tests.rotation import rotated
-from tests.runs import SINGLE, make_groups, make_optimizer, make_other
+from tests.runs import SINGLE, make_groups, make_optimizer, make_other, take_step
 from tests.switches import EVERY
 from tests.test_soundness import Late
 
@@ -46,8 +46,7 @@ def test_a_report_holds_the_numbers_of_its_step(name: str) -> None:
     reports: list[StepReport] = []
     optimizer.observe(reports.append)
     for step, gradients in enumerate(gradient_sequence(SHAPES, STEPS), start=1):
-        set_grads(parameters, gradients)
-        optimizer.step()
+        take_step(optimizer, parameters, gradients)
         assert len(reports) == step
         report = reports[-1]
         assert (report.steps, report.skipped, report.cause) == (step, 0, None)
@@ -67,8 +66,7 @@ def test_the_norm_of_the_update_is_the_length_of_the_move(switches: str) -> None
     averages = optimizer.param_groups[0]["use_schedulefree"]
     before: dict[str, Tensor] = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     for gradients in gradient_sequence(SHAPES, STEPS):
-        set_grads(parameters, gradients)
-        optimizer.step()
+        take_step(optimizer, parameters, gradients)
         after = {n: (optimizer.state[p]["z"] if averages else p).detach().clone() for n, p in parameters.items()}
         moves = {name: after[name].double() - before[name].double() for name in parameters}
         before = after
@@ -86,8 +84,7 @@ def test_a_norm_that_nothing_measures_is_none(name: str) -> None:
     reports: list[StepReport] = []
     optimizer.observe(reports.append)
     for gradients in gradient_sequence(SHAPES, 2):
-        set_grads(parameters, gradients)
-        optimizer.step()
+        take_step(optimizer, parameters, gradients)
     assert [group["update_norm"] for report in reports for group in report.groups] == [None] * 4
 
 
@@ -105,9 +102,8 @@ def observed(layout: str, name: str, watching: list[int]) -> tuple[list[StepRepo
             wide = gradients["wide"]
             assert wide is not None
             wide.view(-1)[-1] = torch.inf
-        set_grads(parameters, gradients)
         with count_collectives() as collectives:
-            optimizer.step()
+            take_step(optimizer, parameters, gradients)
     return reports, gather(parameters), collectives.total
 
 

@@ -8,11 +8,12 @@ import torch
 from deepspeed.runtime.zero import utils
 
 from ppsf_dist.deepspeed.config import build
+from ppsf_dist.optimizers.adamw_schedulefree import AdamWScheduleFree, RAdamScheduleFree
 from ppsf_dist.optimizers.prodigy import Prodigy
 from ppsf_dist.optimizers.prodigy_plus import ProdigyPlusScheduleFree
 from ppsf_dist.optimizers.sgd_schedulefree import SGDScheduleFree
 
-OPTIMIZERS = (Prodigy, ProdigyPlusScheduleFree, SGDScheduleFree)
+OPTIMIZERS = (AdamWScheduleFree, RAdamScheduleFree, Prodigy, ProdigyPlusScheduleFree, SGDScheduleFree)
 
 
 def register() -> None:

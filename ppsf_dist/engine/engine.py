@@ -23,7 +23,7 @@ from ppsf_dist.engine.swap import Swap
 from ppsf_dist.methods.base import Cause, Method, StepNumbers, Total, merged
 from ppsf_dist.sharding import Group, Layout, Part
 from ppsf_dist.sharding.slots import Disagreement, describe, share_failure
-from ppsf_dist.state.writes import Writes
+from ppsf_dist.state.writes import Write, Writes
 
 ATTEMPTS = 3
 """How often what must come to its end is tried."""
@@ -125,7 +125,7 @@ class Engine(Planner):
             raise ValueError(f"the parameter of shape {tuple(param.shape)} is in none of the optimizer's param_groups")
         part = frozenset((layout.param_ids[param],))
         is_new = part not in self.plans and param.requires_grad
-        if self.process_group is not None or (is_new and self._trained_shards(layout)[param].domain):
+        if self.process_group is not None or (is_new and self.trained_shards(layout)[param].domain):
             raise RuntimeError(
                 "step_param() steps a parameter on its own, but this one is sharded and needs sums from other ranks in "
                 "the same order on all: call ppsf_dist.fsdp.step_in_backward(model, optimizer) in place of these hooks"
@@ -344,6 +344,27 @@ class Engine(Planner):
                     exact = keep or (not self.method.switches(group).quirks and weights.dtype != torch.float32)
                     swaps.append(Swap(weights, state, self.method.beta1(group), train=train, keep=exact))
         return swaps
+
+    def put_average(self, compute: Callable[[], list[Write]]) -> None:
+        """Write averaged weights, and the mode with them.
+
+        Args:
+            compute: what to write, from what nothing of it changes.
+        """
+        writes = Writes()
+
+        def put() -> None:
+            writes.restart()
+            writes.put(compute)
+            for group in self._owner.param_groups:
+                group["train_mode"] = False
+
+        try:
+            put()
+        except BaseException:
+            self._bring_to_its_end(put, "step()")
+            raise
+        self.current_layout().refresh()
 
     def _bring_to_its_end(self, action: Callable[[], None], name: str) -> None:
         """Go on with what an exception has ended too late to be undone.

@@ -132,7 +132,7 @@ class Planner:
         members = layout.members(part)
         params, groups_of = [member.param for member in members], [member.group for member in members]
         # A part of ZeRO has slices that nothing else decides.
-        trained = self._trained_shards(layout)
+        trained = self.trained_shards(layout)
         shards = [trained[param] for param in params]
         team = self._find_team(layout)
         slots = self.slots(layout, members, shards)
@@ -208,13 +208,13 @@ class Planner:
 
     def _find_team(self, layout: Layout) -> Team:
         """The ranks that share sums: those on which the parameters live that are trained now."""
-        shards = list(self._trained_shards(layout).values())
+        shards = list(self.trained_shards(layout).values())
         domains = frozenset(shard.domain for shard in shards if shard.domain)
         if self.team is None or domains != self._domains:
             self.team, self._domains = find_team(shards, self.process_group), domains
         return self.team
 
-    def _trained_shards(self, layout: Layout) -> dict[Tensor, Shard]:
+    def trained_shards(self, layout: Layout) -> dict[Tensor, Shard]:
         """The shards of all parameters that are trained now: who counts what depends on all of them."""
         trains = [param.requires_grad for of_group in layout.parameters() for param in of_group]
         if self._trained is None or self._trained[0] is not layout or self._trained[1] != trains:

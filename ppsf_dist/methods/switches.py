@@ -16,6 +16,7 @@ class Switches:
         schedulefree: z and an average in place of a momentum.
         momentum: without that, a momentum at all.
         second_moment: the direction is divided by the root of a second moment; without one it is the gradient.
+        sgd_phase: as long as coefficient ``root`` is 0, it is the gradient all the same.
         factored, factored_fp32: that moment is kept as row and column means, in fp32 whatever the weights' dtype.
         statistics: Prodigy's sums over samples are taken. False once ``prodigy_steps`` has frozen a step size.
         prodigy_steps: when that will be; 0 for never.
@@ -34,6 +35,7 @@ class Switches:
     schedulefree: bool
     momentum: bool = True
     second_moment: bool = False
+    sgd_phase: bool = False
     factored: bool = False
     factored_fp32: bool = True
     statistics: bool = False

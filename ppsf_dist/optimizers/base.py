@@ -45,6 +45,8 @@ class DistributedOptimizer(Optimizer):
 
     method: ClassVar[Method]
     """What the optimizer is."""
+    starts_in_train_mode: ClassVar[bool] = True
+    """Whether weights are the training weights between steps, until :meth:`eval` is called."""
 
     def __init__(
         self, params: Params, defaults: Group, *, process_group: dist.ProcessGroup | None = None, seed: int = 0
@@ -82,7 +84,7 @@ class DistributedOptimizer(Optimizer):
             self.method.refuse_unknown(given, OF_THE_WHOLE)
             group = {**self.defaults, **given}
             self.method.validate_group(group)
-            train_mode = self.param_groups[0]["train_mode"] if self.param_groups else True
+            train_mode = self.param_groups[0]["train_mode"] if self.param_groups else self.starts_in_train_mode
             start = {"state_version": portable.STATE_VERSION, "train_mode": train_mode}
             group = {**start, **self.method.initial_numbers(group), **group}
             self.method.validate_numbers(group)

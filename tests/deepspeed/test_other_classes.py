@@ -14,6 +14,7 @@ from ppsf_dist.deepspeed import load_checkpoint, save_checkpoint
 from tests.deepspeed.engines import config, feed, full_weights, gradients_for, make_engine, model_weights
 from tests.harness.models import initial_weights, named_shapes
 from tests.harness.pool import run
+from tests.rotation import rotated
 from tests.runs import Run, check_same, make_other
 
 pytestmark = pytest.mark.deepspeed
@@ -21,6 +22,8 @@ STEPS = 6
 SHAPES = named_shapes("small")
 CLASSES: dict[str, dict[str, Any]] = {
     "SGDScheduleFree": {"lr": 0.1, "weight_decay": 0.1, "warmup_steps": 3},
+    "AdamWScheduleFree": {"lr": 0.01, "weight_decay": 0.1, "warmup_steps": 3},
+    "RAdamScheduleFree": {"lr": 0.01, "betas": (0.9, 0.99), "silent_sgd_phase": False},
     "Prodigy": {"d0": 1e-4, "weight_decay": 0.1, "use_bias_correction": True},
 }
 
@@ -88,8 +91,7 @@ def check(runs: list[Run], name: str) -> None:
         check_same(left, single(name))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(("name", "stage"), rotated(CLASSES, [0, 1, 2, 3]))
 def test_every_stage(name: str, stage: int) -> None:
     check(run(2, whole, name, stage), name)
 
@@ -106,8 +108,7 @@ def computes_with(name: str, stage: int) -> tuple[Run, Run]:
     return Run({}, model, {}), Run(initial_weights(SHAPES, dtype=torch.bfloat16), optimizer, {})
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(("name", "stage"), rotated(CLASSES, [1, 2, 3], rounds=1))
 def test_the_model_computes_with_what_every_group_has_written(name: str, stage: int) -> None:
     """Also of groups that are written after DeepSpeed has made its copy, for d comes from the last of them."""
     for model, optimizer in run(2, computes_with, name, stage):
@@ -116,8 +117,8 @@ def test_the_model_computes_with_what_every_group_has_written(name: str, stage: 
             assert torch.equal(model.weights[key], weights.to(torch.bfloat16)), key
 
 
-@pytest.mark.parametrize("portable", [False, True], ids=["deepspeeds", "ours"])
-@pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize("name", CLASSES)
-def test_a_run_goes_on_from_its_checkpoint(name: str, stage: int, portable: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "saved"), rotated(CLASSES, [(1, False), (1, True), (3, False), (3, True)], rounds=1))
+def test_a_run_goes_on_from_its_checkpoint(name: str, saved: tuple[int, bool], tmp_path: Path) -> None:
+    """By stage, and whether it is saved in our form or DeepSpeed's."""
+    stage, portable = saved
     check(run(2, in_halves, name, stage, tmp_path, portable), name)

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 import ppsf_dist
 from ppsf_dist import ProdigyPlusScheduleFree
 from ppsf_dist.optimizers.base import DistributedOptimizer
+from ppsf_dist.optimizers.closures import ClosureForm
 from tests.family import FAMILY
 
 # torch's module derives a test case from one of this package, which nothing here uses.
@@ -94,6 +95,8 @@ SISTERS = [
     Given(cls, member.variants["default"], name)
     for name, member in FAMILY.items()
     for cls in [getattr(ppsf_dist, name)]
+    # The suite steps without a closure.
+    if not issubclass(cls, ClosureForm)
 ]
 INPUTS = [*[Given(Optimizer, given.kwargs, given.desc) for given in INFO.optim_inputs_func(CPU)], *SISTERS]
 every_input = pytest.mark.parametrize("given", INPUTS, ids=lambda given: given.name)

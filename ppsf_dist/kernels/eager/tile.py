@@ -102,6 +102,8 @@ class TileView:
             of_u = old if switches.adopt else moment
             # A 16-bit moment has a 16-bit root, as in the reference.
             u = of_u.float() if switches.focus else of_u.sqrt().float()
+            if switches.sgd_phase:
+                u.mul_(c.root)
         if not switches.schedulefree and switches.momentum:
             return self._momentum_direction(u, moment)
         if switches.focus:
