@@ -16,10 +16,6 @@ def test_the_tables_of_differences_have_every_row_and_name_tests_that_exist() ->
     rows = {match[1]: line for line in lines if (match := re.match(r"\| ([OPS]\d+) \|", line))}
     expected = [f"{kind}{number}" for kind, count in ROWS.items() for number in range(1, count + 1)]
     assert list(rows) == expected
-        *[f"O{number}" for number in range(1, 30)],
-        *[f"P{number}" for number in range(1, 9)],
-        *[f"S{number}" for number in range(1, 5)],
-    ]
     for name, row in rows.items():
         cited = re.findall(r"`(\w+)\.py::(\w+)`", row)
         assert cited, name
