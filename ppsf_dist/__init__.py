@@ -1,5 +1,6 @@
 """Learning-rate-free, schedule-free training that does not depend on how the model is sharded."""
 
+from ppsf_dist.batch_norm import recalibrate_batch_norm
 from ppsf_dist.bootstrap import ProcessInfo, init_process_group
 from ppsf_dist.clipping import clip_grad_norm_
 from ppsf_dist.consistency import check_replicas
@@ -14,6 +15,7 @@ from ppsf_dist.optimizers.closures import (
 from ppsf_dist.optimizers.prodigy import Prodigy
 from ppsf_dist.optimizers.prodigy_plus import ProdigyPlusScheduleFree
 from ppsf_dist.optimizers.sgd_schedulefree import SGDScheduleFree
+from ppsf_dist.optimizers.wrapper import ScheduleFreeWrapper
 
 __all__ = [
     "AdamWScheduleFree",
@@ -25,9 +27,11 @@ __all__ = [
     "RAdamScheduleFreeClosure",
     "SGDScheduleFree",
     "SGDScheduleFreeClosure",
+    "ScheduleFreeWrapper",
     "StepReport",
     "averaged",
     "check_replicas",
     "clip_grad_norm_",
     "init_process_group",
+    "recalibrate_batch_norm",
 ]

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import math
-import weakref
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppsf_dist.sharding import Team, find_shards, find_team
+from ppsf_dist.sharding import Team, placement_of
 
 EPSILON = 1e-6
 """Added to the norm before dividing by it, as in ``torch.nn.utils.clip_grad_norm_``."""
-
-LISTS_KEPT = 8
-"""For how many lists of parameters it is remembered how they lie on the ranks."""
 
 
 @torch.no_grad()
@@ -60,11 +54,11 @@ def clip_grad_norm_(
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if not parameters:
         return torch.zeros(())
-    prepared = _prepare(parameters, process_group)
-    gradients = prepared.gradients(parameters)
+    placement = placement_of(parameters, process_group)
+    gradients = placement.gradients(parameters)
     # The infinity norm is not defined for no element.
-    owned = [g for g, owner in zip(gradients, prepared.owners, strict=True) if owner and g is not None and g.numel()]
-    norm = _norm(owned, float(norm_type), prepared.team, parameters[0].device)
+    owned = [g for g, owner in zip(gradients, placement.owners, strict=True) if owner and g is not None and g.numel()]
+    norm = _norm(owned, float(norm_type), placement.team, parameters[0].device)
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(
             f"the norm of order {norm_type} of all gradients is {float(norm)}, so they cannot be clipped: look for the "
@@ -102,47 +96,3 @@ def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 
 def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
     return {device: [t for t in tensors if t.device == device] for device in dict.fromkeys(t.device for t in tensors)}
-
-
-class _Prepared:
-    """What the placement of some parameters says, found once. Keeps no parameter alive."""
-
-    def __init__(self, parameters: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> None:
-        shards = find_shards(parameters, process_group)
-        self.team = find_team(shards, process_group)
-        self.owners = [shard.owner for shard in shards]
-        nothing = torch.empty(0)
-        self.shards = [replace(shard, param=nothing) for shard in shards]
-        self._world = _world()
-        self._parameters = [weakref.ref(parameter) for parameter in parameters]
-
-    def fits(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether these are the parameters and processes that this was made for."""
-        pairs = zip(self._parameters, parameters, strict=True)
-        return self._world is _world() and all(known() is parameter for known, parameter in pairs)
-
-    def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """The local part of each gradient."""
-        return [
-            None if parameter.grad is None else shard.local(parameter.grad)
-            for shard, parameter in zip(self.shards, parameters, strict=True)
-        ]
-
-
-_prepared: OrderedDict[object, _Prepared] = OrderedDict()
-
-
-def _prepare(parameters: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> _Prepared:
-    """Prepared anew for the first of many calls with the same parameters."""
-    key = (process_group, *map(id, parameters))
-    known = _prepared.get(key)
-    if known is None or not known.fits(parameters):
-        known = _prepared[key] = _Prepared(parameters, process_group)
-    _prepared.move_to_end(key)
-    if len(_prepared) > LISTS_KEPT:
-        _prepared.popitem(last=False)
-    return known
-
-
-def _world() -> dist.ProcessGroup | None:
-    return dist.group.WORLD if dist.is_initialized() else None

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial
 
 from ppsf_dist import ProdigyPlusScheduleFree
-from ppsf_dist.methods.prodigy_plus import ARGUMENTS
+from ppsf_dist.methods.prodigy_plus import ARGUMENTS, OURS
 from ppsf_dist.refusals import refuse_gradient, refuse_reshaped
 from tests.harness.pool import run
 
@@ -33,7 +33,9 @@ OUT_OF_RANGE: list[tuple[str, Any, str, str]] = [
     *[("weight_decay", value, f"weight_decay={value!r}", "a finite number >= 0") for value in (-0.1, NAN, INF, None)],
     *[("d0", value, f"d0={value!r}", "a finite number > 0") for value in (0.0, -1e-6, NAN, INF, None)],
     *[("d_coef", value, f"d_coef={value!r}", "a finite number > 0") for value in (0.0, -1.0, NAN, INF, None)],
-    *[("prodigy_steps", value, f"prodigy_steps={value!r}", "an integer >= 0") for value in (-1, 1.5, True, None)],
+    *[("prodigy_steps", value, f"prodigy_steps={value!r}", "an integer >= 0") for value in (-1, 1.5, True, "a")],
+    *[("beta4", value, f"beta4={value!r}", "None (for betas[1]) or 0 <= beta4 < 1") for value in (-0.1, 1, NAN, "a")],
+    *[("growth_rate", value, f"growth_rate={value!r}", "a number >= 1, or inf") for value in (0.5, -INF, NAN, None)],
     *[("schedulefree_c", value, f"schedulefree_c={value!r}", "a finite number >= 0") for value in (-1, NAN, None)],
     *[("eps", value, f"eps={value!r}", "a number > 0, or None") for value in (0.0, -1e-8, NAN, "a")],
     *[
@@ -99,7 +101,8 @@ def test_groups_agree_on_what_belongs_to_the_optimizer(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("d0", 1e-3), ("beta3", 0.5), ("d_coef", 2.0), ("d_limiter", False), ("prodigy_steps", 5), ("use_speed", True)],
+    [("d0", 1e-3), ("beta3", 0.5), ("d_coef", 2.0), ("d_limiter", False), ("prodigy_steps", 5), ("use_speed", True)]
+    + [("beta4", 0.99), ("growth_rate", 1.02)],
 )
 def test_groups_agree_on_what_belongs_to_their_one_step_size(name: str, value: Any) -> None:
     def groups() -> list[dict[str, Any]]:
@@ -116,7 +119,7 @@ def test_arguments_are_the_references_in_its_order() -> None:
     positional = [p for p in ours.values() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     assert [(p.name, p.default) for p in positional] == [(p.name, p.default) for p in theirs.values()]
     keyword_only = {p.name: p.default for p in ours.values() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    assert keyword_only == {"decouple_lr": None, "reference_quirks": True, "process_group": None, "seed": 0}
+    assert keyword_only == {"decouple_lr": None, "process_group": None, "seed": 0} | OURS
     assert len(positional) + len(keyword_only) == len(ours)
     assert {p.name: p.default for p in positional if p.name != "params"} == ARGUMENTS
 

@@ -25,6 +25,8 @@ NUMBERS: dict[str, Any] = {
     "lr": 0.5,
     "betas": (0.9, 0.95),
     "beta3": 0.9,
+    "beta4": 0.9,
+    "growth_rate": 2.0,
     "weight_decay": 0.1,
     "d0": 1e-5,
     "d_coef": 1.5,

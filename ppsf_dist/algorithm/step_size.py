@@ -62,9 +62,11 @@ class StepSize:
 
 @dataclass(frozen=True)
 class StepSizeRule:
-    """The arguments of the rule, as vectors over groups (fp64, or bool for switches)."""
+    """The arguments of the rule, as vectors over groups (fp64, or bool for switches). A growth_rate of 0 is none."""
 
     beta3: Tensor
+    beta4: Tensor
+    growth_rate: Tensor
     d0: Tensor
     d_coef: Tensor
     d_limiter: Tensor
@@ -77,13 +79,19 @@ def prodigy_weight(d: Tensor, d0: Tensor) -> Tensor:
     return d * d / d0.sqrt()
 
 
+def growth_limit(d: Tensor, d0: Tensor, growth_rate: Tensor) -> Tensor:
+    """The largest step size after a step: ``d * growth_rate`` once d has left d0, and no limit for a rate of 0."""
+    return torch.where((growth_rate > 0) & (d != d0), growth_rate * d, torch.inf)
+
+
 def adapted(old: StepSize, numerator: Tensor, denominator: Tensor, rule: StepSizeRule) -> StepSize:
     """The step size after one step.
 
     Args:
         old: before the step.
         numerator, denominator: this step's weighted sums over all parameters of each group.
-        rule: the groups' arguments.
+        rule: the groups' arguments. With beta4 > 0, d is a running average of the estimates (of d0 where they are
+            below it), as in the first version of prodigy-plus-schedule-free; otherwise the largest one.
     """
     counts = (old.d > rule.d0) | (numerator > 0)
     total = rule.beta3 * old.d_numerator + torch.where(counts, numerator, torch.zeros_like(numerator))
@@ -97,12 +105,16 @@ def adapted(old: StepSize, numerator: Tensor, denominator: Tensor, rule: StepSiz
     if rule.quirks:
         # The reference multiplies after it has limited: d can then jump by d_coef * 2^(1/4), or never grow at all.
         estimate = rule.d_coef * estimate
-    prodigy = torch.where(denominator > 0, torch.maximum(old.d, estimate), old.d)
+    most = growth_limit(old.d, rule.d0, rule.growth_rate)
+    estimate = torch.minimum(estimate, most)
+    average = rule.beta4 * old.d + (1 - rule.beta4) * torch.maximum(estimate, rule.d0)
+    prodigy = torch.where(rule.beta4 > 0, average, torch.maximum(old.d, estimate))
+    prodigy = torch.where(denominator > 0, prodigy, old.d)
 
     progress = (total >= largest) & (total > 0) & (old.d_numerator > 0)
     ratio = torch.where(progress, total / old.d_numerator, torch.ones_like(total)).clamp_min(0).sqrt()
     grown = old.d * ratio.clamp_max(GROWTH_LIMIT) * rule.d_coef**0.125
-    speed = torch.where(progress, torch.maximum(old.d, grown), old.d)
+    speed = torch.where(progress, torch.maximum(old.d, torch.minimum(grown, most)), old.d)
     return StepSize(
         d=torch.where(rule.use_speed, speed, prodigy),
         d_numerator=total,

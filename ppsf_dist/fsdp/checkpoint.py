@@ -93,7 +93,12 @@ def _read(files: CheckpointFiles, state: dict[str, Any], optimizer: Optimizer) -
     files.check_model({name: value.shape for name, value in model.items() if isinstance(value, Tensor)})
     method = getattr(optimizer, "method", None)
     if method is not None and "state_version" in optimizer.param_groups[0]:
-        read_groups(method, {"param_groups": files.groups()}, optimizer.param_groups)
+        saved = files.groups()
+        read_groups(method, {"param_groups": saved}, optimizer.param_groups)
+        for theirs, asked in zip(saved, state["optimizer"]["param_groups"], strict=True):
+            # Arguments that have come since it was made: they stay the optimizer's.
+            for name in set(method.arguments) - set(theirs):
+                asked.pop(name, None)
     state["model"] = {
         name: torch.empty_like(value) if isinstance(value, Tensor) else value for name, value in model.items()
     }

@@ -15,12 +15,14 @@ from ppsf_dist.methods.base import AVERAGING, Group, GroupTable, Method, Paramet
 from ppsf_dist.methods.rules import (
     ANY,
     DECAY,
+    GROWTH,
     NOT_NEGATIVE,
     POSITIVE,
     SWITCH,
     Rule,
     check_betas,
     check_step_size,
+    finite_growth,
     integer,
     or_none,
 )  # fmt: skip
@@ -110,9 +112,7 @@ class ProdigyMethod(Method):
         "weight_decay": NOT_NEGATIVE,
         "d0": POSITIVE,
         "d_coef": POSITIVE,
-        "growth_rate": Rule(
-            "a number >= 1, or inf", lambda value: value == math.inf or (ANY.fits(value) and value >= 1)
-        ),
+        "growth_rate": GROWTH,
         "slice_p": integer(1),
         **{name: SWITCH for name in _SWITCHES},
     }
@@ -150,8 +150,7 @@ class ProdigyMethod(Method):
     def hyper_row(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]
         beta3 = beta2**0.5 if group["beta3"] is None else group["beta3"]
-        # 0 for no limit: numbers of a step are finite.
-        growth_rate = 0.0 if group["growth_rate"] == math.inf else group["growth_rate"]
+        growth_rate = finite_growth(group["growth_rate"])
         numbers = {**group, "beta1": beta1, "beta2": beta2, "beta3": beta3, "growth_rate": growth_rate}
         return tuple([float(numbers[name]) for name in self.hyper])
 

@@ -5,6 +5,7 @@ Names, order and defaults of the arguments are those of prodigy-plus-schedule-fr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -17,12 +18,14 @@ from ppsf_dist.methods.base import AVERAGING, Group, GroupTable, Method, Paramet
 from ppsf_dist.methods.rules import (
     ANY,
     DECAY,
+    GROWTH,
     NOT_NEGATIVE,
     POSITIVE,
     SWITCH,
     Rule,
     check_betas,
     check_step_size,
+    finite_growth,
     integer,
     or_none,
 )
@@ -64,7 +67,10 @@ ARGUMENTS: dict[str, Any] = {
 }
 """Defaults of a group, in the order of the reference's signature."""
 
-POOLED = ("d0", "beta3", "d_coef", "d_limiter", "prodigy_steps", "use_speed")
+OURS: dict[str, Any] = {"beta4": 0.0, "growth_rate": math.inf, "reference_quirks": True}
+"""What the reference does not have."""
+
+POOLED = ("d0", "beta3", "d_coef", "d_limiter", "prodigy_steps", "use_speed", "beta4", "growth_rate")
 """With ``split_groups=False`` one step size serves all groups: these belong to it, so all groups must agree on them."""
 
 _BOOLEANS = (*(name for name, default in ARGUMENTS.items() if isinstance(default, bool)), "reference_quirks")
@@ -163,6 +169,8 @@ class ProdigyPlusNumbers(StepNumbers):
         history = (self._numbers[n] for n in ("d_numerator", "d_denom", "prev_d_numerator", "max_d_numerator"))
         rule = StepSizeRule(
             beta3=h["beta3"],
+            beta4=h["beta4"],
+            growth_rate=h["growth_rate"],
             d0=h["d0"],
             d_coef=h["d_coef"],
             d_limiter=h["d_limiter"] > 0,
@@ -177,15 +185,17 @@ class ProdigyPlus(Method):
     """What ProdigyPlusScheduleFree is."""
 
     name = "ProdigyPlusScheduleFree"
-    arguments = {**ARGUMENTS, "reference_quirks": True}
+    arguments = {**ARGUMENTS, **OURS}
     wide = ("split_groups", "split_groups_mean", "fused_back_pass", "reference_quirks")
     rules = {
         "beta3": or_none(DECAY, "None or 0 <= beta3 < 1"),
+        "beta4": or_none(DECAY, "None (for betas[1]) or 0 <= beta4 < 1, where 0 lets d never fall"),
+        "growth_rate": GROWTH,
         "d0": POSITIVE,
         "d_coef": POSITIVE,
         "weight_decay": NOT_NEGATIVE,
         "schedulefree_c": NOT_NEGATIVE,
-        "prodigy_steps": integer(0),
+        "prodigy_steps": Rule("an integer >= 0, or None, which is 0", integer(0).fits),
         "eps": or_none(POSITIVE, "a number > 0, or None for the atan2 form, which has no epsilon"),
         **{name: SWITCH for name in _BOOLEANS},
     }
@@ -215,8 +225,8 @@ class ProdigyPlus(Method):
         "k": integer(1),
     }
     hyper = (
-        "lr", "beta1", "beta2", "beta3", "weight_decay", "d0", "d_coef", "eps", "prodigy_steps", "schedulefree_c",
-        *_HYPER_SWITCHES,
+        "lr", "beta1", "beta2", "beta3", "beta4", "growth_rate", "weight_decay", "d0", "d_coef", "eps", "prodigy_steps",
+        "schedulefree_c", *_HYPER_SWITCHES,
     )  # fmt: skip
     coefficients = (
         *AVERAGING, "d", "d_eps", "momentum_weight", "beta2", "square_weight", "focus_correction", "clamp", "beta3",
@@ -256,7 +266,15 @@ class ProdigyPlus(Method):
     def hyper_row(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]
         beta3 = beta2**0.5 if group["beta3"] is None else group["beta3"]
-        numbers = {**group, "beta1": beta1, "beta2": beta2, "beta3": beta3, "eps": group["eps"] or 0.0}
+        numbers = {
+            **group,
+            "beta1": beta1,
+            "beta2": beta2,
+            "beta3": beta3,
+            "beta4": beta2 if group["beta4"] is None else group["beta4"],
+            "growth_rate": finite_growth(group["growth_rate"]),
+            "eps": group["eps"] or 0.0,
+        }
         return tuple([float(numbers[name]) for name in self.hyper])
 
     def beta1(self, group: Mapping[str, Any]) -> float:
@@ -275,6 +293,8 @@ class ProdigyPlus(Method):
 
     def validate_group(self, group: MutableMapping[str, Any], *, lr_may_be_zero: bool = True) -> None:
         check_betas(group)
+        # None means never in prodigy-plus-schedule-free's first version.
+        group["prodigy_steps"] = 0 if group["prodigy_steps"] is None else group["prodigy_steps"]
         super().validate_group(group, lr_may_be_zero=lr_may_be_zero)
         check_step_size("d0", group)
 
@@ -322,6 +342,8 @@ class ProdigyPlus(Method):
             said.append("eps=None (atan2) has no effect with use_focus=True, which divides by nothing")
         if group["eps"] is None and group["use_stableadamw"]:
             off("use_stableadamw", "eps=None (atan2) bounds the update already")
+        if group["use_speed"] and group["beta4"] != 0:
+            said.append(f"beta4={group['beta4']} has no effect with use_speed=True, which compares d with nothing")
         if group["use_speed"] and group["weight_decay"] > 0:
             said.append("use_speed=True with weight_decay > 0 can let d grow without bound; watch d")
         beta1, beta2 = group["betas"]

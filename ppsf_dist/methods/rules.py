@@ -46,6 +46,7 @@ DECAY = Rule("0 <= beta < 1", lambda value: _real(value) and 0 <= value < 1)
 ANY = Rule("a finite number", _real)
 POSITIVE = Rule("a finite number > 0", lambda value: _real(value) and value > 0)
 NOT_NEGATIVE = Rule("a finite number >= 0", lambda value: _real(value) and value >= 0)
+GROWTH = Rule("a number >= 1, or inf for no limit", lambda value: value == math.inf or (_real(value) and value >= 1))
 SWITCH = Rule("True or False", lambda value: isinstance(value, (bool, int)) and value in (0, 1))
 
 
@@ -113,6 +114,11 @@ def check_betas(group: MutableMapping[str, Any]) -> None:
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas={betas!r} is out of range: allowed is a pair (beta1, beta2)")
     group["betas"] = tuple(checked(f"betas[{index}]", beta, DECAY) for index, beta in enumerate(betas))
+
+
+def finite_growth(growth_rate: float) -> float:
+    """A growth rate as a number of a step, which is finite: 0 for no limit."""
+    return 0.0 if growth_rate == math.inf else growth_rate
 
 
 def check_step_size(name: str, group: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from ppsf_dist.engine.engine import Engine
 from ppsf_dist.engine.reports import Observer
 from ppsf_dist.methods.base import Group, Method
 from ppsf_dist.methods.rules import naming, validate_seed
+from ppsf_dist.optimizers.hooks import hooked_load, hooked_state_dict
 from ppsf_dist.refusals import refuse_process_group, refuse_zero_redundancy
 from ppsf_dist.state import portable
 
@@ -192,21 +193,15 @@ class DistributedOptimizer(Optimizer):
         Under a sharded layout every rank must call it. Hooks see and change what torch says they do.
         """
         self._settle()
-        for before in self._optimizer_state_dict_pre_hooks.values():
-            before(self)
-        # What a hook has written is current too.
-        self._settle()
-        state_dict = self._state_dict()
-        for after in self._optimizer_state_dict_post_hooks.values():
-            changed = after(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        return state_dict
+        return hooked_state_dict(self, self._state_dict)
 
     def _settle(self) -> None:
         self._engine.settle_backward()
         self._engine.settle()
 
     def _state_dict(self) -> dict[str, Any]:
+        # What a hook has written is current too.
+        self._settle()
         layout = self._engine.current_layout()
         own = layout.state_dict(self.method, self.state)
         if own is not None:
@@ -232,13 +227,7 @@ class DistributedOptimizer(Optimizer):
             ValueError: the checkpoint does not fit, or holds what is out of range; the message names the group or the
                 parameter, and the key. Nothing is changed.
         """
-        state_dict = dict(state_dict)
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = before(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        self._load_state_dict(state_dict)
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
+        hooked_load(self, state_dict, self._load_state_dict)
 
     def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
         layout = self._engine.current_layout()

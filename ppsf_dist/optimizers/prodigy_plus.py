@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -37,7 +38,7 @@ class ProdigyPlusScheduleFree(AdaptiveOptimizer):
         d0: first step size.
         d_coef: multiplies the estimate of d.
         d_limiter: let d grow by at most 2^(1/4) in a step.
-        prodigy_steps: stop adapting d after this many steps and free the memory for it; 0 for never.
+        prodigy_steps: stop adapting d after this many steps and free the memory for it; 0 or None for never.
         schedulefree_c: 0, or the C of refined Schedule-Free (arXiv:2507.07101), for large batches or long runs.
         eps: added to the denominator, times d; None for the atan2 form without one.
         split_groups: a step size for each parameter group.
@@ -53,6 +54,10 @@ class ProdigyPlusScheduleFree(AdaptiveOptimizer):
             :func:`ppsf_dist.fsdp.step_in_backward`, and ``step()`` only ends the step.
         use_cautious, use_grams, use_adopt, use_orthograd, use_focus: variants of the update.
         decouple_lr: former name of ``not weight_decay_by_lr``; deprecated.
+        beta4: 0, and d never falls; above 0, d is the running average of its estimates with this decay, which may fall
+            (0.99 to 0.999; lower is noisier), as in the first version of prodigy-plus-schedule-free; None for betas[1].
+            Without effect on SPEED's rule.
+        growth_rate: once it has left d0, d grows by at most this factor in a step, >= 1; inf for no further limit.
         reference_quirks: reproduce the oddities of the reference listed in ``docs/differences.md``.
         process_group: ranks that share the step size. Default: all that the parameters live on. Needed only where a
             rank holds no piece of some parameters, as in pipeline stages.
@@ -79,7 +84,7 @@ class ProdigyPlusScheduleFree(AdaptiveOptimizer):
         d0: float = 1e-6,
         d_coef: float = 1.0,
         d_limiter: bool = True,
-        prodigy_steps: int = 0,
+        prodigy_steps: int | None = 0,
         schedulefree_c: float = 0,
         eps: float | None = 1e-8,
         split_groups: bool = True,
@@ -99,6 +104,8 @@ class ProdigyPlusScheduleFree(AdaptiveOptimizer):
         use_focus: bool = False,
         *,
         decouple_lr: bool | None = None,
+        beta4: float | None = 0.0,
+        growth_rate: float = math.inf,
         reference_quirks: bool = True,
         process_group: dist.ProcessGroup | None = None,
         seed: int = 0,

@@ -4,6 +4,7 @@ from ppsf_dist.sharding.finding import check_calling_framework, drop_gathered_we
 from ppsf_dist.sharding.geometry import Box, flat_range, whole
 from ppsf_dist.sharding.layouts import Group, Layout, Member, Part, State, find_layout
 from ppsf_dist.sharding.outcome import from_every_rank, raise_failures, together, told_by_first
+from ppsf_dist.sharding.placement import Placement, placement_of
 from ppsf_dist.sharding.registry import register
 from ppsf_dist.sharding.shard import Shard, plain_shard
 from ppsf_dist.sharding.team import Team, everyone, team_of_ranks
@@ -14,6 +15,7 @@ __all__ = [
     "Layout",
     "Member",
     "Part",
+    "Placement",
     "Shard",
     "State",
     "Team",
@@ -25,6 +27,7 @@ __all__ = [
     "find_team",
     "flat_range",
     "from_every_rank",
+    "placement_of",
     "plain_shard",
     "raise_failures",
     "register",

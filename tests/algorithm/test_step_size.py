@@ -20,7 +20,8 @@ def number(value: float) -> Tensor:
 
 OLD = StepSize(number(2 * D0), number(1), number(1), number(0), number(1))
 RULE = StepSizeRule(
-    number(0.9), number(D0), number(1), torch.tensor([True]), torch.tensor([False]), quirks=True
+    beta3=number(0.9), beta4=number(0), growth_rate=number(0), d0=number(D0), d_coef=number(1),
+    d_limiter=torch.tensor([True]), use_speed=torch.tensor([False]), quirks=True,
 )  # fmt: skip
 
 
@@ -73,3 +74,26 @@ def test_samples_are_rounded_to_their_dtype() -> None:
     assert float(step_size.displacement(p0, point, torch.float32)) == 1 - 2**-12
     s = step_size.gradient_sum(p0, torch.tensor(0.5), torch.tensor(2.0), torch.tensor([3.0]), torch.float32)
     assert float(s) == 6.5 and s.dtype == torch.bfloat16
+
+
+def test_with_beta4_d_is_the_running_average_of_its_estimates_and_may_fall() -> None:
+    rule = replace(RULE, beta4=number(0.75), d_limiter=torch.tensor([False]))
+    assert d_after(0.1, 1, rule) == pytest.approx(0.75 * 2 * D0 + 0.25)
+    assert d_after(-0.9 + 1.2 * D0, 1, rule) == pytest.approx((0.75 * 2 + 0.25 * 1.2) * D0)
+    assert d_after(1, 1, replace(RULE, beta4=number(0.75))) == pytest.approx(2 * D0 * (0.75 + 0.25 * GROWTH_LIMIT))
+
+
+def test_with_beta4_estimates_below_d0_count_as_d0_and_a_step_without_any_as_none() -> None:
+    rule = replace(RULE, beta4=number(0.75))
+    assert d_after(-5, 1, rule) == pytest.approx(1.75 * D0)
+    assert d_after(1, 0, rule) == 2 * D0
+
+
+@pytest.mark.parametrize("use_speed", [False, True])
+def test_growth_rate_limits_d_once_it_has_left_d0(use_speed: bool) -> None:
+    off = torch.tensor([False])
+    rule = replace(RULE, growth_rate=number(1.02), d_limiter=off, use_speed=torch.tensor([use_speed]), d_coef=number(3))
+    assert d_after(1, 1, rule) == pytest.approx(2 * D0 * 1.02)
+    at_start = replace(OLD, d=number(D0))
+    assert d_after(1, 1, rule, at_start) > 1.1 * D0
+    assert d_after(1, 1, replace(rule, growth_rate=number(1)), OLD) == 2 * D0
