@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import random
@@ -54,6 +55,7 @@ class Corpus:
         return _windows(self.validation, [last * i // max(1, windows - 1) for i in range(windows)], length)
 
 
+@functools.cache
 def standard_library() -> Corpus:
     """Reads the standard library of the running interpreter and splits it by file.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from torch.optim import Optimizer
+
 from options import Settings
-from ppsf_dist import ProdigyPlusScheduleFree
 from ppsf_dist.dry_run import Forecast, Share, forecast
 from ppsf_dist.methods.prodigy_plus import PRODIGY_PLUS
 
@@ -13,7 +14,7 @@ WIDTH = 20
 NAME_WIDTH = 20
 
 
-def table(settings: Settings, optimizer: ProdigyPlusScheduleFree) -> str:
+def table(settings: Settings, optimizer: Optimizer) -> str:
     """Returns what each rank of a run would hold and reduce, as lines of text.
 
     Args:

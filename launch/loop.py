@@ -45,7 +45,7 @@ class Run:
         """
         with StopRequest() as stop:
             row, received = self._steps(first, stop)
-            skipped = self.trainer.optimizer.skipped_steps
+            skipped = self.trainer.handle.skipped_steps
             if self.ranks.rank == 0:
                 if skipped:
                     print(f"skipped steps      {skipped}: a gradient was not finite, so weights and d were left alone")
@@ -62,7 +62,7 @@ class Run:
         settings, lead = self.settings, self.ranks.rank == 0
         row: dict[str, Number] = {}
         received = 0
-        self.trainer.optimizer.train()
+        self.trainer.handle.train()
         self.trainer.module.train()
         bar = tqdm(
             total=settings.steps,
@@ -91,15 +91,15 @@ class Run:
 
     def _step(self, step: int, stop: StopRequest) -> tuple[dict[str, Number], int]:
         """Takes one step; returns its line of metrics.jsonl and the signal received, both the same on every rank."""
-        settings, optimizer = self.settings, self.trainer.optimizer
+        settings, handle = self.settings, self.trainer.handle
+        handle.schedule(settings, step)
         began = time.perf_counter()
         windows = self.corpus.batch(settings.seed, step, settings.batch_size, settings.seq_len + 1)
         loss, received = self._agree(self.trainer.train_on(self._share(windows)), stop)
         row: dict[str, Number] = {
             "step": step,
             "loss": loss,
-            "d": optimizer.get_d_estimate(),
-            "effective_lr": float(optimizer.param_groups[0]["effective_lr"]),
+            **handle.numbers(),
             "tokens_per_second": settings.batch_size * settings.seq_len / (time.perf_counter() - began),
         }
         return row, received
@@ -139,12 +139,15 @@ class Run:
 
     def _summarise(self, row: dict[str, Number]) -> None:
         print(f"training loss      {row['loss']:.4f} nats per byte, last batch")
-        print(f"validation loss    {row['val_loss']:.4f} nats per byte, averaged weights")
+        weights = "averaged weights" if self.trainer.handle.averages else "weights of the last step"
+        print(f"validation loss    {row['val_loss']:.4f} nats per byte, {weights}")
         print(f"unigram entropy    {self.corpus.unigram_entropy:.4f} nats per byte")
-        print(f"d                  {row['d']:.3e}")
+        if "d" in row:
+            print(f"d                  {row['d']:.3e}")
         print(f"checkpoint         {self.folder.checkpoint}")
         print(f"picture            {self.folder.picture}")
 
 
 def _progress(row: dict[str, Number]) -> str:
-    return f"loss {row['loss']:.3f}, d {row['d']:.2e}, {row['tokens_per_second']:,.0f} tok/s"
+    size = f"d {row['d']:.2e}" if "d" in row else f"lr {row['lr']:.2e}"
+    return f"loss {row['loss']:.3f}, {size}, {row['tokens_per_second']:,.0f} tok/s"

@@ -5,22 +5,22 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
-import inspect
+import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
-from ppsf_dist import ProdigyPlusScheduleFree
+from optimizers import ADAMW, COSINE, NAMES, SCHEDULES, WRAPPER, arguments_of, schedule_of
 from ppsf_dist.bootstrap import ProcessInfo
 from strategies import DTYPES, STRATEGIES, ZERO_STAGES
 
 LAST = "last"
 # What a checkpoint only makes sense with. Strategy, number of ranks and --steps may change when a run is resumed.
-FIXED_BY_CHECKPOINT = ("batch_size", "seq_len", "dim", "layers", "heads", "dtype", "seed", "opt")
-# Arguments of the optimizer that no command line can give.
-NOT_A_SWITCH = ("params", "process_group")
+FIXED_BY_CHECKPOINT = (
+    "batch_size", "seq_len", "dim", "layers", "heads", "dtype", "seed", "optimizer", "lr", "schedule", "warmup", "opt",
+)  # fmt: skip
 
 EXAMPLES = """\
 examples:
@@ -46,6 +46,10 @@ class Settings:
     heads: int = 4
     dtype: str = "float32"
     seed: int = 0
+    optimizer: str = "ProdigyPlusScheduleFree"
+    lr: float | None = None
+    schedule: str | None = None
+    warmup: int = 0
     opt: dict[str, object] = field(default_factory=dict)
     eval_every: int = 50
     save_every: int = 0
@@ -61,6 +65,9 @@ class Settings:
         """Returns, as JSON holds them, the settings that a resumed run must share with the run that it goes on with."""
         values = {name: value for name, value in asdict(self).items() if name in FIXED_BY_CHECKPOINT}
         values["opt"] = {name: repr(value) for name, value in self.opt.items()}
+        if schedule_of(self) == COSINE:
+            # A cosine to another end is another schedule.
+            values["steps"] = self.steps
         return values
 
 
@@ -68,8 +75,12 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     """Returns the settings that the command line asks for; a wrong one ends the program with the way out."""
     parser = _parser()
     values = vars(parser.parse_args(arguments))
-    values["opt"] = dict(values["opt"])
+    try:
+        values["opt"] = dict(_switch(text, values["optimizer"]) for text in values["opt"])
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument --opt: {error}")
     settings = Settings(**values)
+    _check_optimizer(parser, settings)
     if settings.dim % settings.heads:
         parser.error(f"--dim {settings.dim} does not divide into --heads {settings.heads} heads of the same width")
     if settings.dry_run != (settings.world_size is not None):
@@ -79,6 +90,19 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     if settings.resume and settings.overwrite:
         parser.error("--resume keeps the run that --overwrite would remove: give one of them")
     return settings
+
+
+def _check_optimizer(parser: argparse.ArgumentParser, settings: Settings) -> None:
+    """End the program where the optimizer cannot do what the other options ask for."""
+    name = settings.optimizer
+    if settings.warmup >= settings.steps:
+        parser.error(f"--warmup {settings.warmup} leaves nothing of --steps {settings.steps}: give fewer")
+    if settings.strategy == "deepspeed" and (name in (ADAMW, WRAPPER) or name.endswith("Closure")):
+        parser.error(f"--optimizer {name} does not run under --strategy deepspeed (docs/deepspeed.md): choose fsdp")
+    if settings.check_every and name in (ADAMW, WRAPPER):
+        parser.error(f"--check-every compares what ppsf_dist's own optimizers keep: leave it out with {name}")
+    if settings.dry_run and name != Settings.optimizer:
+        parser.error(f"--dry-run knows the memory of {Settings.optimizer} alone: leave --optimizer {name} out")
 
 
 def resume_command(settings: Settings, ranks: ProcessInfo) -> str:
@@ -141,15 +165,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(training, "seed", "of initial weights, data order and stochastic rounding", type=int, metavar="N")
     training.add_argument(
+        "--optimizer",
+        choices=NAMES,
+        default=default.optimizer,
+        metavar="NAME",
+        help=f"one of {', '.join(NAMES)} (torch's, to compare with); the wrapper is put around AdamW without momentum "
+        f"(default: {default.optimizer})",
+    )
+    training.add_argument(
+        "--lr", type=_positive, help="learning rate, for those that find none (default: that of the optimizer)"
+    )
+    training.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        help="of the learning rate (default: cosine to 0 for Prodigy and AdamW, constant for all that average)",
+    )
+    add(training, "warmup", "steps over which the learning rate rises at first", type=_at_least(0), metavar="N")
+    training.add_argument(
         "--opt",
         action="append",
         default=[],
-        type=_switch,
         metavar="NAME=VALUE",
-        help="an argument of ProdigyPlusScheduleFree with a Python literal as its value, such as use_adopt=True; "
-        f"repeat it for more. Names: {', '.join(_switch_names())}",
+        help="an argument of the optimizer with a Python literal as its value, such as use_adopt=True; repeat it for "
+        f"more. Those of {default.optimizer}: {', '.join(arguments_of(default.optimizer))}",
     )
-
     add(
         training,
         "check_every",
@@ -191,19 +230,26 @@ def _at_least(lowest: int) -> Callable[[str], int]:
     return number
 
 
-def _switch_names() -> list[str]:
-    return [name for name in inspect.signature(ProdigyPlusScheduleFree).parameters if name not in NOT_A_SWITCH]
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is out of range: a number > 0 is allowed")
+    return value
 
 
-def _switch(text: str) -> tuple[str, object]:
+_positive.__name__ = "number"
+
+
+def _switch(text: str, optimizer: str) -> tuple[str, object]:
     name, equals, literal = text.partition("=")
-    names = _switch_names()
+    names = arguments_of(optimizer)
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} has no value: write it as NAME=VALUE, such as d_coef=0.5")
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         guess = f"did you mean {close[0]!r}? " if close else ""
-        raise argparse.ArgumentTypeError(f"{name!r} is no argument of the optimizer: {guess}It has {', '.join(names)}")
+        guess = "it has an option of its own, --lr. " if name == "lr" else guess
+        raise argparse.ArgumentTypeError(f"{name!r} is no argument of {optimizer}: {guess}It has {', '.join(names)}")
     try:
         return name, ast.literal_eval(literal)
     except (ValueError, SyntaxError):

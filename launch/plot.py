@@ -9,11 +9,14 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from optimizers import CONSTANT
 from records import Number, RunFolder
 
 SIZE_INCHES = (9.0, 7.0)
 DOTS_PER_INCH = 120
 TRAIN_COLOUR, VALIDATION_COLOUR, UNIGRAM_COLOUR, D_COLOUR = "#4c78a8", "#d1495b", "#555555", "#2a7f62"
+# Runs that were recorded before there was a choice.
+DEFAULT_OPTIMIZER = "ProdigyPlusScheduleFree"
 # The thick training line is a mean over this part of the run, so that a long run is as readable as a short one.
 SMOOTHED_PART = 0.02
 # The last values are written right of the lines, in this part of their width.
@@ -27,7 +30,7 @@ def draw(folder: RunFolder) -> None:
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     figure.suptitle("Language model on the bytes of Python's standard library", fontsize=14)
     _loss(top, rows, about)
-    _step_size(bottom, rows)
+    _step_size(bottom, rows, about)
     bottom.set_xlim(0, (1 + ROOM_FOR_TEXT) * max(_series(rows, "loss")[0], default=1))
     figure.align_ylabels()
     figure.savefig(folder.picture, dpi=DOTS_PER_INCH)
@@ -40,7 +43,8 @@ def _loss(axes: Axes, rows: list[dict[str, Number]], about: dict[str, object]) -
         steps, _smoothed(losses), color=TRAIN_COLOUR, linewidth=1.8, label="training batches and their running mean"
     )
     checked, validation = _series(rows, "val_loss")
-    axes.plot(checked, validation, "o-", color=VALIDATION_COLOUR, markersize=4, label="validation, averaged weights")
+    weights = "averaged weights" if about.get("averages", True) else "weights of the step"
+    axes.plot(checked, validation, "o-", color=VALIDATION_COLOUR, markersize=4, label=f"validation, {weights}")
     entropy = about["unigram_entropy"]
     assert isinstance(entropy, float)
     axes.axhline(entropy, color=UNIGRAM_COLOUR, linestyle="--", label=f"unigram entropy ({entropy:.2f})")
@@ -53,15 +57,22 @@ def _loss(axes: Axes, rows: list[dict[str, Number]], about: dict[str, object]) -
     axes.legend(loc="upper right")
 
 
-def _step_size(axes: Axes, rows: list[dict[str, Number]]) -> None:
-    steps, sizes = _series(rows, "d")
+def _step_size(axes: Axes, rows: list[dict[str, Number]], about: dict[str, object]) -> None:
+    """The step size d over the steps, or the learning rate where the optimizer finds no d."""
+    finds_d = any("d" in row for row in rows)
+    steps, sizes = _series(rows, "d" if finds_d else "lr")
     axes.plot(steps, sizes, color=D_COLOUR, linewidth=2.0)
-    axes.set_yscale("log")
+    axes.set_yscale("log" if finds_d else "linear")
     if steps:
         _name_last(axes, steps[-1], sizes[-1], f"{sizes[-1]:.1e}", D_COLOUR)
-    axes.set_title("Step size d, found by the optimizer (no learning rate, no schedule)", fontsize=11)
+    optimizer, schedule = about.get("optimizer", DEFAULT_OPTIMIZER), about.get("schedule", CONSTANT)
+    times = "no schedule" if schedule == CONSTANT else f"times a {schedule}"
+    what = (
+        f"Step size d, found by {optimizer} (no learning rate, {times})" if finds_d else f"Learning rate of {optimizer}"
+    )
+    axes.set_title(what, fontsize=11)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("d, log scale")
+    axes.set_ylabel("d, log scale" if finds_d else "learning rate")
     axes.grid(alpha=0.3)
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from model import ByteTransformer, next_byte_loss
-from ppsf_dist import ProdigyPlusScheduleFree, averaged
+from optimizers import Handle
 from ppsf_dist.bootstrap import ProcessInfo
 from ppsf_dist.fsdp import load_checkpoint, save_checkpoint
 
@@ -21,7 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 ZERO_STAGES = (1, 2, 3)
 
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], ProdigyPlusScheduleFree]
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 class UsageError(ValueError):
@@ -43,7 +45,7 @@ class Trainer:
     def __init__(
         self,
         module: nn.Module,
-        optimizer: ProdigyPlusScheduleFree,
+        optimizer: Optimizer,
         ranks: ProcessInfo,
         forward: nn.Module | None = None,
         data_rank: int | None = None,
@@ -51,6 +53,7 @@ class Trainer:
     ) -> None:
         self.module = module
         self.optimizer = optimizer
+        self.handle = Handle(optimizer)
         self.device = ranks.device
         self.data_rank = ranks.rank if data_rank is None else data_rank
         self.data_ranks = ranks.world_size if data_ranks is None else data_ranks
@@ -58,11 +61,19 @@ class Trainer:
 
     def train_on(self, windows: Tensor) -> Tensor:
         """Takes one step on this rank's windows of the global batch and returns their mean loss before it."""
-        loss = next_byte_loss(self._forward, windows.to(self.device))
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = next_byte_loss(self._forward, windows.to(self.device))
+            loss.backward()
+            return loss
+
+        if self.handle.needs_closure:
+            loss: Any = self.optimizer.step(closure)  # type: ignore[arg-type]
+        else:
+            loss = closure()
+            self.optimizer.step()
+        return torch.as_tensor(loss).detach()
 
     def loss_of(self, windows: Tensor) -> Tensor:
         """Returns the mean loss of this rank's windows, without a gradient."""
@@ -70,8 +81,8 @@ class Trainer:
             return next_byte_loss(self.module, windows.to(self.device))
 
     def averaged(self) -> AbstractContextManager[object]:
-        """Holds the averaged weights, those to evaluate with, inside `with`."""
-        return averaged(self.optimizer, self.module)
+        """Holds the weights to evaluate with, the averaged ones where there are such, inside `with`."""
+        return self.handle.averaged(self.module)
 
     def save(self, path: Path, step: int) -> None:
         save_checkpoint(path, self.module, self.optimizer, extra={"step": step})

@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim import Optimizer
 
 import ppsf_dist
 from corpus import standard_library
 from forecast import table
 from loop import Run
 from model import ByteTransformer
+from optimizers import make, schedule_of
 from options import LAST, Settings, parse
-from ppsf_dist import ProdigyPlusScheduleFree
 from ppsf_dist.bootstrap import ProcessInfo
 from ppsf_dist.fsdp import remove_checkpoint
 from records import RunFolder, run_of_checkpoint
@@ -35,7 +36,7 @@ def main() -> int:
         return _dry_run(settings)
     ranks = ppsf_dist.init_process_group()
     try:
-        received = _run(settings, ranks)
+        received = run(settings, ranks)
         code = EXIT_BY_SIGNAL + received if received else 0
     except UsageError as error:
         code = WRONG_USAGE
@@ -57,7 +58,12 @@ def _dry_run(settings: Settings) -> int:
     return 0
 
 
-def _run(settings: Settings, ranks: ProcessInfo) -> int:
+def run(settings: Settings, ranks: ProcessInfo) -> int:
+    """Run one training on ranks that have met, and return the signal that ended it early, or 0.
+
+    Raises:
+        UsageError: the settings ask for what cannot be run.
+    """
     strategy = settings.strategy or ("single" if ranks.world_size == 1 else "fsdp")
     folder = RunFolder(settings.output)
     _check_folder(settings, folder)
@@ -79,6 +85,9 @@ def _run(settings: Settings, ranks: ProcessInfo) -> int:
             "settings": settings.fixed(),
             "steps": settings.steps,
             "strategy": strategy,
+            "optimizer": settings.optimizer,
+            "schedule": schedule_of(settings),
+            "averages": trainer.handle.averages,
             "ranks": ranks.world_size,
             "device": ranks.device.type,
             "parameters": parameters,
@@ -135,7 +144,7 @@ def _resume(settings: Settings, folder: RunFolder, trainer: Trainer) -> int:
 
 
 def _place(settings: Settings, strategy: str, ranks: ProcessInfo, model: ByteTransformer) -> Trainer:
-    def make_optimizer(parameters: Iterable[nn.Parameter]) -> ProdigyPlusScheduleFree:
+    def make_optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
         return _optimizer(settings, parameters)
 
     choice = {"zero_stage": settings.zero_stage} if strategy == "deepspeed" else {}
@@ -153,12 +162,11 @@ def _model(settings: Settings) -> ByteTransformer:
     return model.to(DTYPES[settings.dtype])
 
 
-def _optimizer(settings: Settings, parameters: Iterable[nn.Parameter]) -> ProdigyPlusScheduleFree:
-    arguments: dict[str, object] = {"seed": settings.seed, **settings.opt}
+def _optimizer(settings: Settings, parameters: Iterable[nn.Parameter]) -> Optimizer:
     try:
-        return ProdigyPlusScheduleFree(parameters, **arguments)  # type: ignore[arg-type]
+        return make(settings, parameters)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"--opt: {error}") from error
+        raise UsageError(f"--optimizer {settings.optimizer}: {error}") from error
 
 
 if __name__ == "__main__":

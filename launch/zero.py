@@ -20,7 +20,6 @@ from torch import Tensor
 
 import ppsf_dist.deepspeed
 from model import ByteTransformer, next_byte_loss
-from ppsf_dist import averaged
 from ppsf_dist.bootstrap import ProcessInfo
 from strategies import MakeOptimizer, Trainer
 
@@ -42,7 +41,7 @@ class ZeroTrainer(Trainer):
         return loss.detach()
 
     def averaged(self) -> AbstractContextManager[object]:
-        return averaged(self._engine.optimizer, self._engine)
+        return self.handle.averaged(self._engine, self._engine.optimizer)
 
     def save(self, path: Path, step: int) -> None:
         ppsf_dist.deepspeed.save_checkpoint(path, self._engine, extra={"step": step})

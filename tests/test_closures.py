@@ -11,7 +11,9 @@ import pytest
 import schedulefree
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
+import ppsf_dist
 from ppsf_dist import AdamWScheduleFree, AdamWScheduleFreeClosure, SGDScheduleFree, SGDScheduleFreeClosure
 from tests.harness.layouts import LAYOUTS, gather, set_grads, shard_parameters
 from tests.harness.models import gradient_sequence, initial_weights, named_shapes
@@ -174,3 +176,44 @@ def test_16_bit_averages_lose_nothing_where_nothing_moves() -> None:
     for _ in range(5):
         take_step(optimizer, {"w": weight}, {"w": torch.full((64,), torch.nan, dtype=torch.bfloat16)})
     assert torch.equal(weight.detach(), before) and optimizer.skipped_steps == 5
+
+
+def with_evaluations_between(closure_form: bool, evaluate: str) -> tuple[list[float], list[float]]:
+    """Losses at the training weights and at the average, of a module whose root stays gathered after a forward pass."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    if evaluate != "single":
+        fully_shard(model)
+    name = "AdamWScheduleFreeClosure" if closure_form else "AdamWScheduleFree"
+    optimizer = getattr(ppsf_dist, name)(model.parameters(), lr=0.1)
+    x, target = torch.randn(6, 4), torch.randn(6, 1)
+    training, averages = [], []
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        return float(loss.detach())
+
+    for _ in range(4):
+        training.append(optimizer.step(closure))
+        if evaluate == "averaged":
+            with ppsf_dist.averaged(optimizer, model), torch.no_grad():
+                averages.append(float((model(x) - target).square().mean()))
+            continue
+        optimizer.eval()
+        with torch.no_grad():
+            averages.append(float((model(x) - target).square().mean()))
+        optimizer.train()
+    return training, averages
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("evaluate", ["averaged", "eval and train"])
+@pytest.mark.parametrize("closure_form", [True, False])
+def test_what_fsdp_keeps_gathered_is_never_taken_for_the_weights(closure_form: bool, evaluate: str) -> None:
+    """After an evaluation the root holds x gathered, and the training weights are y."""
+    (expected,) = run(1, with_evaluations_between, closure_form, "single")
+    for losses in run(2, with_evaluations_between, closure_form, evaluate):
+        for ours, theirs in zip(losses, expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)

@@ -56,7 +56,8 @@ def test_o26_groups_hold_plain_values_and_the_same_keys(split_groups: bool) -> N
     for groups in (optimizer.param_groups, optimizer.state_dict()["param_groups"]):
         assert groups[0].keys() == groups[1].keys()
         for group in groups:
-            values = [value for key, value in group.items() if key != "params"]
+            assert group["growth_rate"] == math.inf
+            values = [value for key, value in group.items() if key not in ("params", "growth_rate")]
             assert not any(isinstance(value, Tensor) for value in values)
             assert all(math.isfinite(value) for value in values if isinstance(value, float))
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ROWS = {"O": 29, "P": 8, "S": 4}
+ROWS = {"O": 29, "P": 8, "S": 9}
 """How many differences from each reference are listed."""
 
 

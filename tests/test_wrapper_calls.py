@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 from typing import Any
 
+import prodigyopt
 import pytest
 import schedulefree
 import torch
@@ -21,26 +24,48 @@ def small(**arguments: Any) -> tuple[nn.Parameter, ScheduleFreeWrapper]:
     return parameter, ScheduleFreeWrapper(SGD([parameter], lr=0.1), **arguments)
 
 
-def test_the_numbers_of_the_base_and_of_the_wrapper_do_not_meet() -> None:
-    """In schedulefree both count on the same ``k``, which grows by two."""
-    parameter = nn.Parameter(torch.ones(3))
-    optimizer = ScheduleFreeWrapper(Prodigy([parameter]))
+def test_s6_the_numbers_of_the_base_and_of_the_wrapper_do_not_meet() -> None:
+    ours, theirs = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = ScheduleFreeWrapper(Prodigy([ours]))
+    with contextlib.redirect_stdout(io.StringIO()):
+        reference = schedulefree.ScheduleFreeWrapper(prodigyopt.Prodigy([theirs]))
+    reference.train()
     for _ in range(3):
-        parameter.grad = torch.ones(3)
+        ours.grad, theirs.grad = torch.ones(3), torch.ones(3)
         optimizer.step()
-    (group,) = optimizer.param_groups
-    assert group["k"] == group["wrapper_k"] == 3
+        reference.step()
+    (group,), (their_group,) = optimizer.param_groups, reference.param_groups
+    assert group["k"] == group["wrapper_k"] == 3 and their_group["k"] == 6
 
 
-def test_a_first_step_of_length_zero_moves_nothing_and_raises_nothing() -> None:
+def test_s7_a_first_step_of_length_zero_moves_nothing() -> None:
     parameter, optimizer = small()
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: k / 4)
-    for _ in range(3):
+    for step in range(3):
         parameter.grad = torch.ones(3)
         optimizer.step()
         scheduler.step()
+        assert torch.equal(parameter.detach(), torch.ones(3)) == (step == 0)
     assert optimizer.param_groups[0]["wrapper_weight_sum"] == pytest.approx(0.025**2 + 0.05**2)
-    assert bool((parameter < 1).all())
+    other = nn.Parameter(torch.ones(3))
+    reference = schedulefree.ScheduleFreeWrapper(SGD([other], lr=0.0))
+    reference.train()
+    other.grad = torch.ones(3)
+    with pytest.raises(ZeroDivisionError):
+        reference.step()
+
+
+def test_s8_a_parameter_without_dimensions() -> None:
+    ours, theirs = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
+    optimizer = ScheduleFreeWrapper(SGD([ours], lr=0.1))
+    reference = schedulefree.ScheduleFreeWrapper(SGD([theirs], lr=0.1))
+    reference.train()
+    for parameter in (ours, theirs):
+        parameter.grad = torch.ones(())
+    optimizer.step()
+    assert float(ours.detach()) == pytest.approx(0.9)
+    with pytest.raises(RuntimeError):
+        reference.step()
 
 
 def test_an_exception_of_the_base_leaves_weights_and_average() -> None:

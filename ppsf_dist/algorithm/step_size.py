@@ -62,11 +62,14 @@ class StepSize:
 
 @dataclass(frozen=True)
 class StepSizeRule:
-    """The arguments of the rule, as vectors over groups (fp64, or bool for switches). A growth_rate of 0 is none."""
+    """The arguments of the rule, as vectors over groups (fp64, or bool for switches).
+
+    ``beta4`` is None where it is 0 for all groups, and ``growth_rate`` where none has one (a single 0 is none, too).
+    """
 
     beta3: Tensor
-    beta4: Tensor
-    growth_rate: Tensor
+    beta4: Tensor | None
+    growth_rate: Tensor | None
     d0: Tensor
     d_coef: Tensor
     d_limiter: Tensor
@@ -105,16 +108,20 @@ def adapted(old: StepSize, numerator: Tensor, denominator: Tensor, rule: StepSiz
     if rule.quirks:
         # The reference multiplies after it has limited: d can then jump by d_coef * 2^(1/4), or never grow at all.
         estimate = rule.d_coef * estimate
-    most = growth_limit(old.d, rule.d0, rule.growth_rate)
-    estimate = torch.minimum(estimate, most)
-    average = rule.beta4 * old.d + (1 - rule.beta4) * torch.maximum(estimate, rule.d0)
-    prodigy = torch.where(rule.beta4 > 0, average, torch.maximum(old.d, estimate))
+    if rule.growth_rate is not None:
+        estimate = torch.minimum(estimate, growth_limit(old.d, rule.d0, rule.growth_rate))
+    prodigy = torch.maximum(old.d, estimate)
+    if rule.beta4 is not None:
+        average = rule.beta4 * old.d + (1 - rule.beta4) * torch.maximum(estimate, rule.d0)
+        prodigy = torch.where(rule.beta4 > 0, average, prodigy)
     prodigy = torch.where(denominator > 0, prodigy, old.d)
 
     progress = (total >= largest) & (total > 0) & (old.d_numerator > 0)
     ratio = torch.where(progress, total / old.d_numerator, torch.ones_like(total)).clamp_min(0).sqrt()
     grown = old.d * ratio.clamp_max(GROWTH_LIMIT) * rule.d_coef**0.125
-    speed = torch.where(progress, torch.maximum(old.d, torch.minimum(grown, most)), old.d)
+    if rule.growth_rate is not None:
+        grown = torch.minimum(grown, growth_limit(old.d, rule.d0, rule.growth_rate))
+    speed = torch.where(progress, torch.maximum(old.d, grown), old.d)
     return StepSize(
         d=torch.where(rule.use_speed, speed, prodigy),
         d_numerator=total,

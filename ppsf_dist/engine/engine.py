@@ -21,7 +21,7 @@ from ppsf_dist.engine.reports import Observer, report_of
 from ppsf_dist.engine.step import PartStep
 from ppsf_dist.engine.swap import Swap
 from ppsf_dist.methods.base import Cause, Method, StepNumbers, Total, merged
-from ppsf_dist.sharding import Group, Layout, Part
+from ppsf_dist.sharding import Group, Layout, Part, drop_gathered_copies
 from ppsf_dist.sharding.slots import Disagreement, describe, share_failure
 from ppsf_dist.state.writes import Write, Writes
 
@@ -327,6 +327,7 @@ class Engine(Planner):
             self._bring_to_its_end(swap, "train()" if train else "eval()")
             raise
         if changing:
+            drop_gathered_copies([swap.param for swap in swaps])
             layout.refresh()
 
     def _swaps(self, layout: Layout, changing: list[Group], *, train: bool, keep: bool) -> list[Swap]:
@@ -342,7 +343,7 @@ class Engine(Planner):
                 if state and state.get("step") and "z" in state:
                     weights = shards[param].weights()
                     exact = keep or (not self.method.switches(group).quirks and weights.dtype != torch.float32)
-                    swaps.append(Swap(weights, state, self.method.beta1(group), train=train, keep=exact))
+                    swaps.append(Swap(param, weights, state, self.method.beta1(group), train=train, keep=exact))
         return swaps
 
     def put_average(self, compute: Callable[[], list[Write]]) -> None:
@@ -364,7 +365,9 @@ class Engine(Planner):
         except BaseException:
             self._bring_to_its_end(put, "step()")
             raise
-        self.current_layout().refresh()
+        layout = self.current_layout()
+        drop_gathered_copies([param for params in layout.parameters() for param in params])
+        layout.refresh()
 
     def _bring_to_its_end(self, action: Callable[[], None], name: str) -> None:
         """Go on with what an exception has ended too late to be undone.

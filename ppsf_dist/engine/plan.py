@@ -29,6 +29,16 @@ logger = logging.getLogger(__name__)
 
 State = dict[Tensor, dict[str, Any]]
 
+STARTS_ANYWHERE = ("z", "exp_avg")
+"""State that may begin in mid-run: an average where the weights are then, momentum at zero. Without the switch that
+asks for it it is dropped, so that it never goes on from something stale."""
+
+_WHY = {
+    Holds.POINT: "d compares where a run is with where it began",
+    Holds.SUM: "d is a ratio of two sums, and only one of them would start at zero",
+    Holds.SQUARES: "steps would be divided by a mean that starts at zero",
+}
+
 
 class Plan:
     """Shards, their slots, the flat buffers, and what the kernels have prepared for them.
@@ -136,6 +146,13 @@ class Plan:
         switches_now = self._as_frozen(switches, self.slots[slot].group)
         for entry in needed(switches_now, self.slots[slot].shape):
             if entry.name not in state:
+                if state.get("step") and entry.name not in STARTS_ANYWHERE:
+                    raise ValueError(
+                        f"{self.slots[slot]} has been stepped without {entry.name!r}, which its group's switches now "
+                        f"ask for and which cannot begin in mid-run ({_WHY[entry.holds]}): set back what has changed "
+                        "(factored, use_focus, use_speed, prodigy_steps, ...), or build a new optimizer on the "
+                        "averaged weights, with d0= the d that was found"
+                    )
                 state[entry.name] = _initial(entry, shard, switches_now)
         if not switches_now.statistics:
             for name in SAMPLED:
@@ -176,6 +193,16 @@ class Plan:
                 for name in SAMPLED:
                     self._state[shard.param].pop(name, None)
         self.passes = self._prepare(frozen)
+
+    def drop_unneeded(self) -> None:
+        """Free an average or a momentum that the switches no longer ask for, once all ranks plan so."""
+        for shard, slot in zip(self.shards, self.slot_of_shard, strict=True):
+            place = self.slots[slot]
+            names = {entry.name for entry in needed(self._switches[place.group], place.shape)}
+            dropped = set(STARTS_ANYWHERE) - names
+            for name in (*dropped, *(("y",) if "z" in dropped else ())):
+                self._state[shard.param].pop(name, None)
+        self._first = self._a_state_tensor()
 
     def is_current(self) -> bool:
         """Whether the state still holds the tensors that the work looks at. Offloading it and back replaces them."""

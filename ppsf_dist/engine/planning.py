@@ -162,6 +162,7 @@ class Planner:
         except BaseException:
             self._keep_state(params, before)
             raise
+        plan.drop_unneeded()
         return plan
 
     def _keep_state(self, params: list[Tensor], names: dict[Tensor, set[str]]) -> None:

@@ -19,13 +19,15 @@ class Swap:
     are kept aside in the state (``y``) and come back as they were.
 
     Attributes:
-        weights: the local weights.
+        param: the parameter.
+        weights: its local weights.
         state: of the parameter, with its z.
         beta1: interpolation of Schedule-Free.
         train: towards y, else towards x.
         keep: whether y is kept aside when x comes.
     """
 
+    param: Tensor
     weights: Tensor
     state: dict[str, Any]
     beta1: float

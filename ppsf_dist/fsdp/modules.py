@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule
 
 
@@ -17,3 +20,13 @@ def reshard(model: nn.Module | None) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def reshard_owners(params: Sequence[Tensor]) -> None:
+    """The same where only parameters are known: torch lists the modules that are under ``fully_shard``."""
+    own = set(map(id, params))
+    for module in list(_module_state_mapping):
+        if isinstance(module, FSDPModule):
+            groups = module._get_fsdp_state()._fsdp_param_groups
+            if any(group.is_unsharded and id(p.sharded_param) in own for group in groups for p in group.fsdp_params):
+                module.reshard()

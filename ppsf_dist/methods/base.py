@@ -217,6 +217,7 @@ class Method(ABC):
             that of a step in several parts nothing is written before the last of them has its sums.
         hyper: numbers that are read from a group's arguments at each step (:meth:`hyper_row` fills them).
         structural: arguments that decide which state there is: a checkpoint made with other ones does not fit.
+        younger: arguments that the reference and the checkpoints of earlier releases do not have.
         foreign: what the reference keeps in groups and state for itself and nothing here needs.
         interpolation: the argument that is beta1, as messages name it.
         step_numbers: the numbers of one step.
@@ -232,6 +233,7 @@ class Method(ABC):
     d_timing: Literal["next", "current"] = "next"
     hyper: tuple[str, ...]
     structural: tuple[str, ...] = ()
+    younger: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
     interpolation: str
     step_numbers: type[StepNumbers]
@@ -355,5 +357,11 @@ class Method(ABC):
         Raises:
             ValueError: the message says what it lacks.
         """
-        if "k" not in group:
-            raise ValueError(f"{where} has no 'k': it was not made by {self.name}")
+        told = ("k", *{"d"}.intersection(self.numbers), *self.arguments)
+        missing = next((name for name in told if name not in group and name not in self.younger), None)
+        if missing is not None:
+            found = ", and d0= the d that was found" if "d" in self.numbers else ""
+            raise ValueError(
+                f"{where} has no {missing!r}: it was not made by {self.name}, and the state of another class means "
+                f"something else; go on from the weights (docs/moving.md): a new {self.name} on them{found}"
+            )

@@ -129,6 +129,7 @@ class ProdigyMethod(Method):
     coefficients = (*AVERAGING, "d_eps", "momentum_weight", "beta2", "square_weight", "beta3", "s_weight")
     d_timing = "current"
     structural = ("slice_p",)
+    younger = ("reference_quirks",)
     foreign = ("fsdp_in_use",)
     interpolation = "betas[0]"
     step_numbers = ProdigyNumbers

@@ -155,7 +155,8 @@ class ProdigyPlusNumbers(StepNumbers):
             d = after if name == "d" else d
         put("d_prev", self.d, adapts)
         averages = h["use_schedulefree"] > 0
-        put("weight_sum", self._weight_sum, moved & averages)
+        # Of an average that has been switched off nothing is left.
+        put("weight_sum", self._weight_sum * averages, moved | ~averages)
         put("effective_lr", torch.where(averages, h["lr"] * self.q, h["lr"]), moved | ~averages)
         if first["split_groups"] and first["split_groups_mean"]:
             put("shared_d", step_size.harmonic_mean(d).expand_as(d), everywhere)
@@ -169,8 +170,8 @@ class ProdigyPlusNumbers(StepNumbers):
         history = (self._numbers[n] for n in ("d_numerator", "d_denom", "prev_d_numerator", "max_d_numerator"))
         rule = StepSizeRule(
             beta3=h["beta3"],
-            beta4=h["beta4"],
-            growth_rate=h["growth_rate"],
+            beta4=h["beta4"] if any(group["beta4"] != 0 for group in self._groups) else None,
+            growth_rate=h["growth_rate"] if any(group["growth_rate"] < math.inf for group in self._groups) else None,
             d0=h["d0"],
             d_coef=h["d_coef"],
             d_limiter=h["d_limiter"] > 0,
@@ -233,6 +234,7 @@ class ProdigyPlus(Method):
         "s_weight",
     )  # fmt: skip
     structural = ("use_schedulefree", "use_speed", "use_focus", "factored", "factored_fp32")
+    younger = tuple(OURS)
     foreign = ("optimiser_version", "running_d_numerator", "running_d_denom", "exp_avg_sq_metadata")
     interpolation = "betas[0]"
     step_numbers = ProdigyPlusNumbers
@@ -309,15 +311,12 @@ class ProdigyPlus(Method):
             self._agree(groups, POOLED, why)
 
     def refuse_foreign(self, group: Mapping[str, Any], where: str) -> None:
-        if "d" not in group or "k" not in group:
-            raise ValueError(
-                f"{where} has no 'd' or 'k': it was not made by this optimizer or by prodigy-plus-schedule-free 2.x"
-            )
-        if "prev_d_numerator" not in group:
+        if "factored" in group and "prev_d_numerator" not in group:
             raise ValueError(
                 f"{where} has no 'prev_d_numerator': it was made by prodigy-plus-schedule-free 1.x, whose statistics "
                 "mean something else; start a new run from the weights"
             )
+        super().refuse_foreign(group, where)
 
     def settle(self, group: MutableMapping[str, Any]) -> list[str]:
         said: list[str] = []

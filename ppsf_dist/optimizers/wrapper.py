@@ -36,10 +36,11 @@ class ScheduleFreeWrapper(Optimizer):
     """Schedule-Free averaging around a base optimizer, in place of a schedule and of the base's own momentum.
 
     The base optimizer steps the sequence z; gradients are taken at y, between z and the average x of all z, and x is
-    what to evaluate. Switch the momentum of the base off (``betas=(0, ...)``, ``momentum=0``): the average takes its
-    place. Arguments, defaults and numerics are those of schedulefree 1.4.1; what differs is listed in
-    ``docs/differences.md``. The result does not depend on how parameters are sharded, as far as the base optimizer's
-    does not: element by element with torch's, and for a step size d with :class:`ppsf_dist.Prodigy`.
+    what to evaluate. Switch the momentum of SGD or AdamW off (``momentum=0``, ``betas=(0, ...)``): the average takes
+    its place (but leave Prodigy its own, which bounds its steps while d grows). Arguments, defaults and numerics are
+    those of schedulefree 1.4.1; what differs is listed in ``docs/differences.md``. The result does not depend on how
+    parameters are sharded, as far as the base optimizer's does not: element by element with torch's, and for a step
+    size d with :class:`ppsf_dist.Prodigy`.
 
     Call :meth:`train` before training and :meth:`eval` before evaluating or saving weights, where you call the model's,
     or evaluate inside :func:`ppsf_dist.averaged`. Checkpoints hold the base's state, and z beside it.
@@ -375,7 +376,7 @@ def _refuse_base(base: Any) -> None:
     if averages or (not ours and hasattr(base, "eval")):
         raise ValueError(
             f"base is a {type(base).__name__}, which averages by itself: use it without the wrapper, or wrap one that "
-            "does not, torch.optim.AdamW(..., betas=(0.0, 0.999)) or ppsf_dist.Prodigy(..., betas=(0.0, 0.999))"
+            "does not, torch.optim.AdamW(..., betas=(0.0, 0.999)) or ppsf_dist.Prodigy(...) for instance"
         )
     if any(group.get("fused_back_pass") for group in base.param_groups):
         raise ValueError("base has fused_back_pass=True, with which it would step y in place of z: leave it False")

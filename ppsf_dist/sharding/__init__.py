@@ -1,6 +1,12 @@
 """What a shard is, which ones there are, the reduction of one flat buffer, and how ranks tell of a failure."""
 
-from ppsf_dist.sharding.finding import check_calling_framework, drop_gathered_weights, find_shards, find_team
+from ppsf_dist.sharding.finding import (
+    check_calling_framework,
+    drop_gathered_copies,
+    drop_gathered_weights,
+    find_shards,
+    find_team,
+)
 from ppsf_dist.sharding.geometry import Box, flat_range, whole
 from ppsf_dist.sharding.layouts import Group, Layout, Member, Part, State, find_layout
 from ppsf_dist.sharding.outcome import from_every_rank, raise_failures, together, told_by_first
@@ -20,6 +26,7 @@ __all__ = [
     "State",
     "Team",
     "check_calling_framework",
+    "drop_gathered_copies",
     "drop_gathered_weights",
     "everyone",
     "find_layout",

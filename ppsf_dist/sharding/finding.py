@@ -98,3 +98,14 @@ def drop_gathered_weights(model: nn.Module | None) -> None:
         for answer in dict.fromkeys(who_knows("module", module) for module in model.modules()):
             if answer is not None:
                 load(answer)(model)
+
+
+def drop_gathered_copies(params: Sequence[Tensor]) -> None:
+    """The same where the model is not known: of some parameters, which have changed."""
+    by_answer: dict[str, list[Tensor]] = {}
+    for param in params:
+        answer = who_knows("weights", param)
+        if answer is not None:
+            by_answer.setdefault(answer, []).append(param)
+    for answer, own in by_answer.items():
+        load(answer)(own)

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from ppsf_dist.sharding import marks
 
-Question = Literal["shards", "layout", "caller", "module", "strategy"]
+Question = Literal["shards", "layout", "caller", "module", "weights", "strategy"]
 
 
 class Entry(NamedTuple):
@@ -31,6 +31,7 @@ _ENTRIES: dict[Question, list[Entry]] = {
     ],
     "caller": [Entry("deepspeed", marks.is_engine, "ppsf_dist.deepspeed.config:check_caller")],
     "module": [Entry("fsdp", marks.keeps_gathered_weights, "ppsf_dist.fsdp.modules:reshard")],
+    "weights": [Entry("fsdp", marks.is_dtensor, "ppsf_dist.fsdp.modules:reshard_owners")],
     "strategy": [
         Entry("fsdp", "fsdp".__eq__, "ppsf_dist.fsdp.forecast:forecast"),
         Entry("hsdp", "hsdp".__eq__, "ppsf_dist.fsdp.forecast:forecast"),
@@ -57,6 +58,8 @@ def register(question: Question, name: str, test: Callable[..., bool], answer: s
     ``caller``   a frame of the stack           the frame, and all groups: nothing; it raises what cannot work
     ``module``   a module of the model          the model: nothing; it drops what modules keep of the weights, which
                                                 have changed
+    ``weights``  a parameter                    a list of such parameters, which have changed: nothing; it drops what
+                                                modules keep of them, whichever those are
     ``strategy`` the name of a strategy         see :data:`ppsf_dist.dry_run.Foresee`
     ============ ============================== =====================================================================
 

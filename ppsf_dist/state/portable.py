@@ -91,7 +91,7 @@ def pack(
 def read_groups(method: Method, state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The groups as they are to be after loading: the checkpoint's, with the optimizer's own parameters.
 
-    Arguments that the checkpoint does not have stay the optimizer's; keys that nothing here knows are kept.
+    Arguments that are younger than the checkpoint stay the optimizer's; keys that nothing here knows are kept.
 
     Raises:
         ValueError: the groups do not fit: their number, their sizes, switches that decide which state there is, or an

@@ -123,7 +123,7 @@ def test_a_batch_that_does_not_divide_is_refused_on_every_rank(tmp_path: Path) -
 
 def test_a_wrong_switch_is_named_with_those_that_exist() -> None:
     printed = run(PLAIN, "--opt", "use_cautios=True", expect=2)
-    assert "'use_cautios' is no argument of the optimizer: did you mean 'use_cautious'?" in printed
+    assert "'use_cautios' is no argument of ProdigyPlusScheduleFree: did you mean 'use_cautious'?" in printed
     assert "d_coef" in printed and "params" not in printed
 
 

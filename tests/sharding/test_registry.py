@@ -181,7 +181,7 @@ def test_who_registers_last_is_asked_first_and_takes_the_name() -> None:
 @pytest.mark.parametrize(
     ("question", "answer", "message"),
     [
-        ("weights", "module:function", "question='weights' is never asked: allowed are shards, layout, caller"),
+        ("tensors", "module:function", "question='tensors' is never asked: allowed are shards, layout, caller"),
         ("shards", "module.function", "write 'package.module:function'"),
         ("shards", "module:", "write 'package.module:function'"),
     ],

@@ -1,0 +1,116 @@
+"""``launch/train.py --optimizer``: every class trains, alone and on two ranks, and its log says with what."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.test_train import PLAIN, SAME_LOSS, TINY, TWO_RANKS, metrics, run
+
+pytestmark = pytest.mark.launch
+
+NAMES = [
+    "ProdigyPlusScheduleFree", "Prodigy", "AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree",
+    "AdamWScheduleFreeClosure", "SGDScheduleFreeClosure", "RAdamScheduleFreeClosure", "ScheduleFreeWrapper", "AdamW",
+]  # fmt: skip
+KINDS = ["Prodigy", "SGDScheduleFreeClosure", "ScheduleFreeWrapper"]
+"""One of each way in which a class meets the ranks; ProdigyPlusScheduleFree does so in test_train.py."""
+EVERY = str(Path(__file__).with_name("every_optimizer.py"))
+FIND_D = {"ProdigyPlusScheduleFree", "Prodigy"}
+STEPS, EVAL_EVERY = 6, 4
+
+
+def every(launcher: list[str], folder: Path, names: list[str]) -> dict[str, list[dict[str, float]]]:
+    """The metrics of a short run of each class, with a validation at its end."""
+    done = subprocess.run(
+        [*launcher, EVERY, str(folder), ",".join(names), *TINY, "--steps", str(STEPS), "--eval-every", str(EVAL_EVERY)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    falling = sum(name in ("Prodigy", "AdamW") for name in names)
+    assert done.stdout.count("weights of the last step") == falling, done.stdout
+    assert done.stdout.count("averaged weights") == len(names) - falling
+    return {output.name: metrics(output) for output in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
+    return every(PLAIN, tmp_path_factory.mktemp("single"), NAMES)
+
+
+def test_every_class_trains_and_its_log_has_d_or_the_learning_rate(single: dict[str, list[dict[str, float]]]) -> None:
+    assert single.keys() == set(NAMES)
+    for name, rows in single.items():
+        assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+        assert all(math.isfinite(row["loss"]) and row["lr"] > 0 for row in rows)
+        assert ("d" in rows[0]) == (name in FIND_D), name
+        assert "val_loss" in rows[-1]
+    closures = {name for name in single if name.endswith("Closure")}
+    assert len({single[name][-1]["val_loss"] for name in single.keys() - closures}) == 7, "two classes trained alike"
+    for name in closures:
+        assert single[name][-1]["val_loss"] == pytest.approx(single[name.removesuffix("Closure")][-1]["val_loss"])
+
+
+def test_what_averages_nothing_has_a_cosine_the_others_none(
+    single: dict[str, list[dict[str, float]]],
+) -> None:
+    cosine = [(1 + math.cos(math.pi * step / STEPS)) / 2 for step in range(STEPS)]
+    for name, rows in single.items():
+        factors = [row["lr"] / rows[0]["lr"] for row in rows]
+        assert factors == pytest.approx(cosine if name in ("Prodigy", "AdamW") else [1.0] * STEPS), name
+
+
+@pytest.mark.parametrize("names", [KINDS, pytest.param(NAMES, marks=pytest.mark.thorough)], ids=["kinds", "all"])
+def test_two_ranks_have_the_losses_of_one_process(
+    names: list[str], single: dict[str, list[dict[str, float]]], tmp_path: Path
+) -> None:
+    for name, rows in every(TWO_RANKS, tmp_path, names).items():
+        for ours, theirs in zip(rows, single[name], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=SAME_LOSS), name
+
+
+def test_a_learning_rate_a_warm_up_and_a_resume(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    options = [*TINY, "--optimizer", "AdamW", "--lr", "0.01", "--warmup", "2", "--output", str(output)]
+    run(PLAIN, *options, "--steps", "8", "--opt", "betas=(0.9, 0.95)")
+    rates = [row["lr"] for row in metrics(output)]
+    assert rates[:3] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01]) and rates[3:] == sorted(rates[3:], reverse=True)
+    printed = run(PLAIN, *options, "--steps", "9", "--opt", "betas=(0.9, 0.95)", "--resume", expect=2)
+    assert "steps was 8 and is now 9" in printed
+
+
+REFUSED = {
+    ("--optimizer", "Adam"): "invalid choice: 'Adam'",
+    ("--lr", "0"): "0 is out of range: a number > 0 is allowed",
+    ("--optimizer", "Prodigy", "--opt", "use_speed=True"): "'use_speed' is no argument of Prodigy",
+    ("--opt", "lr=0.5"): "'lr' is no argument of ProdigyPlusScheduleFree: it has an option of its own, --lr",
+    ("--optimizer", "AdamW", "--strategy", "deepspeed"): "--optimizer AdamW does not run under --strategy deepspeed",
+    ("--optimizer", "AdamW", "--check-every", "2"): "--check-every compares what ppsf_dist's own optimizers keep",
+    (
+        "--optimizer",
+        "Prodigy",
+        "--dry-run",
+        "--world-size",
+        "4",
+    ): "--dry-run knows the memory of",
+    ("--steps", "4", "--warmup", "4"): "--warmup 4 leaves nothing of --steps 4",
+}
+
+
+def test_what_does_not_go_together_is_refused_with_the_way_out(capsys: pytest.CaptureFixture[str]) -> None:
+    sys.path.insert(0, str(Path(EVERY).parents[2] / "launch"))
+    try:
+        from options import parse
+
+        for options, message in REFUSED.items():
+            with pytest.raises(SystemExit) as error:
+                parse(options)
+            assert error.value.code == 2 and message in " ".join(capsys.readouterr().err.split()), options
+    finally:
+        del sys.path[0]
