@@ -19,13 +19,23 @@ def averaged(optimizer: Any, model: nn.Module | None = None) -> Iterator[None]:
 
     Args:
         optimizer: an optimizer of this package, something that wraps one (DeepSpeed's or Accelerate's
-            optimizers), or any optimizer with ``train()`` and ``eval()`` that swap its parameters in place.
-        model: the model that it trains. FSDP2 keeps gathered copies of some weights between forward passes, which a
-            swap does not reach: give the model so that they are dropped.
+            optimizers), or any optimizer with ``train()`` and ``eval()`` that swap its parameters in place and keep
+            ``train_mode`` in its groups.
+        model: the model that it trains, for the names of its parameters in messages. FSDP2 keeps gathered copies of
+            some weights between forward passes; with an optimizer of somebody else they are dropped only if the model
+            is given.
 
     Already inside an evaluation (``optimizer.eval()`` was called), nothing is swapped.
+
+    Raises:
+        TypeError: the optimizer has no average.
     """
     optimizer = innermost(optimizer)
+    if not hasattr(optimizer, "eval") or any("train_mode" not in group for group in optimizer.param_groups):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}, which has no average to evaluate with: leave averaged() out, "
+            "or train with a class of ppsf_dist, ScheduleFreeWrapper(optimizer) for instance"
+        )
     swapped = [group for group in optimizer.param_groups if group["train_mode"]]
     kept = []
     if isinstance(optimizer, DistributedOptimizer):

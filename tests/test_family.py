@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,32 @@ def test_a_run_goes_on_from_its_checkpoint_in_another_layout(
     run(LAYOUTS[before].world_size, half, name, before, str(tmp_path / "run"), 0, 4)
     for weights in run(LAYOUTS[after].world_size, half, name, after, str(tmp_path / "run"), 4, STEPS):
         assert all(close(weights[key], value) for key, value in whole.items())
+
+
+def goes_on(name: str, layout: str, state_dict: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The second half of a run, from a state dict."""
+    parameters = shard_parameters(weights, LAYOUTS[layout])
+    optimizer = make(name, "default", parameters)
+    optimizer.load_state_dict(state_dict)
+    for step, gradients in enumerate(gradient_sequence(SHAPES, STEPS)):
+        if step >= STEPS // 2:
+            take_step(optimizer, parameters, gradients)
+    assert optimizer.skipped_steps == 0
+    return gather(parameters)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("name", "layout"), rotated(FAMILY, ["fsdp_2", "fsdp_tp_2x2", "hsdp_2x2", "single"], rounds=1))
+def test_a_run_of_the_reference_goes_on_here_sharded_or_not(name: str, layout: str) -> None:
+    theirs = parameters_of(initial_weights(SHAPES))
+    reference = make_reference(name, "default", theirs)
+    for step, gradients in enumerate(gradient_sequence(SHAPES, STEPS)):
+        if step == STEPS // 2:
+            state_dict = copy.deepcopy(reference.state_dict())
+            weights = {key: parameter.detach().clone() for key, parameter in theirs.items()}
+        take_step(reference, theirs, gradients)
+    for ours in run(LAYOUTS[layout].world_size, goes_on, name, layout, state_dict, weights):
+        assert {key for key, value in theirs.items() if not close(ours[key], value.detach())} == set()
 
 
 @pytest.mark.parametrize("name", FAMILY)

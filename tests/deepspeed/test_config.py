@@ -14,7 +14,7 @@ import torch
 
 from ppsf_dist import ProdigyPlusScheduleFree, averaged
 from ppsf_dist.deepspeed import check_config
-from tests.deepspeed.engines import GivenGradients, config, deepspeed_on_cpu, feed, gradients_for, make_groups
+from tests.deepspeed.engines import GivenGradients, config, deepspeed_on_cpu, feed, gradients_for, make_engine, make_groups
 from tests.deepspeed.references import SHAPES
 from tests.harness.models import initial_weights
 from tests.harness.pool import run
@@ -49,6 +49,27 @@ def test_the_name_stands_for_the_optimizer() -> None:
     optimizer = getattr(torch.optim, OPTIMIZER["type"])([parameter], betas=[0.95, 0.99], d_coef=2.0)  # type: ignore[call-overload]
     assert type(optimizer) is ProdigyPlusScheduleFree
     assert optimizer.param_groups[0]["betas"] == (0.95, 0.99) and optimizer.param_groups[0]["d_coef"] == 2.0
+
+
+def names_what_cannot_run(name: str) -> str:
+    engine_config = config(2) | {"optimizer": {"type": name, "params": {}}}
+    with pytest.raises(ValueError) as error:
+        make_engine(SHAPES, engine_config, named=True)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("AdamWScheduleFreeClosure", "calls step() without a closure: name AdamWScheduleFree"),
+        ("RAdamScheduleFreeClosure", "calls step() without a closure: name RAdamScheduleFree"),
+        ("SGDScheduleFreeClosure", "calls step() without a closure: name SGDScheduleFree"),
+        ("ScheduleFreeWrapper", "name AdamWScheduleFree, SGDScheduleFree or ProdigyPlusScheduleFree"),
+    ],
+)
+def test_classes_that_cannot_run_are_refused_by_name(name: str, way_out: str) -> None:
+    (error,) = run(1, names_what_cannot_run, name)
+    assert f"optimizer.type='{name}' of the DeepSpeed config cannot run" in error and error.endswith(way_out)
 
 
 def test_arguments_that_there_are_not_are_named() -> None:
