@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import os
 import random
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +65,7 @@ def standard_library() -> Corpus:
         FileNotFoundError: this Python was installed without the source of its library.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py") if _included(path, root))
+    names = sorted(_sources(root))
     texts: dict[bool, list[bytes]] = {True: [], False: []}
     for name in names:
         texts[_is_validation(name)].append((root / name).read_bytes())
@@ -93,9 +95,16 @@ def cross_entropy_of_counts(train: Tensor, validation: Tensor) -> float:
     return math.log(float(counts.sum())) - float(frequencies @ counts.log())
 
 
-def _included(path: Path, root: Path) -> bool:
-    parts = path.relative_to(root).parts
-    return not any(part in EXCLUDED_FOLDERS or part.startswith(EXCLUDED_PREFIXES) for part in parts)
+def _sources(root: Path) -> Iterator[str]:
+    """Names of the files below a folder. What is left out is not even looked into: much may be installed there."""
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if _is_included(name)]
+        inside = Path(folder).relative_to(root)
+        yield from ((inside / name).as_posix() for name in files if name.endswith(".py") and _is_included(name))
+
+
+def _is_included(name: str) -> bool:
+    return name not in EXCLUDED_FOLDERS and not name.startswith(EXCLUDED_PREFIXES)
 
 
 def _is_validation(name: str) -> bool:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests. Arguments go to pytest: ./launch/test.sh -m "not launch" -x
+# Runs the tests, two at a time. Arguments go to pytest: ./launch/test.sh -m "not launch" -x
+# One at a time, for a debugger: ./launch/test.sh -n 0 --pdb
 # --quick is for a minute after every edit. --thorough runs what the default leaves out: see docs/reliability.md.
 set -euo pipefail
 
@@ -10,4 +11,4 @@ prepare_open_mpi
 cd "$root"
 # Tests start several processes: one thread each.
 export OMP_NUM_THREADS=1
-exec "$venv_python" -m pytest "$@"
+exec "$venv_python" -m pytest -n 2 --dist loadgroup "$@"

@@ -20,6 +20,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A test may work for so many times as long as it may do nothing.
 WORK_PER_IDLENESS = 4
 TESTS = Path(__file__).parent
+ONE_AFTER_THE_OTHER = ("launch", "bootstrap")
+"""Folders whose files are not divided."""
 FEW = 20
 """Tests that are asked for one by one; nothing of them is left out."""
 
@@ -93,6 +95,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             kept[thorough or item.nodeid in fast].append(item)
         else:
             kept[is_late == thorough and item.nodeid in fast].append(item)
+        if item.path.relative_to(TESTS).parts[0] in ONE_AFTER_THE_OTHER:
+            # With pytest -n: they share runs that take long, or look for free ports.
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     config.hook.pytest_deselected(items=kept[False])
     items[:] = kept[True]
 

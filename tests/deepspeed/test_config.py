@@ -14,7 +14,15 @@ import torch
 
 from ppsf_dist import ProdigyPlusScheduleFree, averaged
 from ppsf_dist.deepspeed import check_config
-from tests.deepspeed.engines import GivenGradients, config, deepspeed_on_cpu, feed, gradients_for, make_engine, make_groups
+from tests.deepspeed.engines import (
+    GivenGradients,
+    config,
+    deepspeed_on_cpu,
+    feed,
+    gradients_for,
+    make_engine,
+    make_groups,
+)
 from tests.deepspeed.references import SHAPES
 from tests.harness.models import initial_weights
 from tests.harness.pool import run

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.launch.test_train import PLAIN, SAME_LOSS, TINY, TWO_RANKS, metrics, run
+from tests.launch.test_train import PLAIN, SAME_LOSS, TINY, TWO_RANKS, metrics
 
 pytestmark = pytest.mark.launch
 
@@ -66,7 +67,7 @@ def test_what_averages_nothing_has_a_cosine_the_others_none(
         assert factors == pytest.approx(cosine if name in ("Prodigy", "AdamW") else [1.0] * STEPS), name
 
 
-@pytest.mark.parametrize("names", [KINDS, pytest.param(NAMES, marks=pytest.mark.thorough)], ids=["kinds", "all"])
+@pytest.mark.parametrize("names", [KINDS, NAMES], ids=["kinds", "all"])
 def test_two_ranks_have_the_losses_of_one_process(
     names: list[str], single: dict[str, list[dict[str, float]]], tmp_path: Path
 ) -> None:
@@ -75,14 +76,20 @@ def test_two_ranks_have_the_losses_of_one_process(
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=SAME_LOSS), name
 
 
-def test_a_learning_rate_a_warm_up_and_a_resume(tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    options = [*TINY, "--optimizer", "AdamW", "--lr", "0.01", "--warmup", "2", "--output", str(output)]
-    run(PLAIN, *options, "--steps", "8", "--opt", "betas=(0.9, 0.95)")
-    rates = [row["lr"] for row in metrics(output)]
-    assert rates[:3] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01]) and rates[3:] == sorted(rates[3:], reverse=True)
-    printed = run(PLAIN, *options, "--steps", "9", "--opt", "betas=(0.9, 0.95)", "--resume", expect=2)
-    assert "steps was 8 and is now 9" in printed
+@pytest.fixture
+def options(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of the command line."""
+    monkeypatch.syspath_prepend(str(Path(EVERY).parents[2] / "launch"))
+    return importlib.import_module("options")
+
+
+def test_a_warm_up_goes_before_the_cosine_and_the_end_of_a_cosine_is_fixed(options: Any) -> None:
+    factor = importlib.import_module("optimizers").factor
+    settings = options.parse(["--optimizer", "AdamW", "--lr", "0.01", "--warmup", "2", "--steps", "8"])
+    factors = [factor(settings, step) for step in range(1, 9)]
+    assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and factors[2:] == sorted(factors[2:], reverse=True)
+    assert settings.fixed()["steps"] == 8 and settings.fixed()["lr"] == 0.01
+    assert "steps" not in options.parse(["--steps", "8"]).fixed()
 
 
 REFUSED = {
@@ -103,14 +110,10 @@ REFUSED = {
 }
 
 
-def test_what_does_not_go_together_is_refused_with_the_way_out(capsys: pytest.CaptureFixture[str]) -> None:
-    sys.path.insert(0, str(Path(EVERY).parents[2] / "launch"))
-    try:
-        from options import parse
-
-        for options, message in REFUSED.items():
-            with pytest.raises(SystemExit) as error:
-                parse(options)
-            assert error.value.code == 2 and message in " ".join(capsys.readouterr().err.split()), options
-    finally:
-        del sys.path[0]
+def test_what_does_not_go_together_is_refused_with_the_way_out(
+    options: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, message in REFUSED.items():
+        with pytest.raises(SystemExit) as error:
+            options.parse(words)
+        assert error.value.code == 2 and message in " ".join(capsys.readouterr().err.split()), words
