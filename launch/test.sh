@@ -11,4 +11,9 @@ prepare_open_mpi
 cd "$root"
 # Tests start several processes: one thread each.
 export OMP_NUM_THREADS=1
-exec "$venv_python" -m pytest -n 2 --dist loadgroup "$@"
+two_at_a_time=(-n 2 --dist loadgroup)
+for argument in "$@"; do
+    # Its campaigns count in one process.
+    case "$argument" in --thorough) two_at_a_time=() ;; esac
+done
+exec "$venv_python" -m pytest ${two_at_a_time[@]+"${two_at_a_time[@]}"} "$@"

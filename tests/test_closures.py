@@ -178,14 +178,17 @@ def test_16_bit_averages_lose_nothing_where_nothing_moves() -> None:
     assert torch.equal(weight.detach(), before) and optimizer.skipped_steps == 5
 
 
-def with_evaluations_between(closure_form: bool, evaluate: str) -> tuple[list[float], list[float]]:
+def with_evaluations_between(name: str, evaluate: str) -> tuple[list[float], list[float]]:
     """Losses at the training weights and at the average, of a module whose root stays gathered after a forward pass."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
     if evaluate != "single":
         fully_shard(model)
-    name = "AdamWScheduleFreeClosure" if closure_form else "AdamWScheduleFree"
-    optimizer = getattr(ppsf_dist, name)(model.parameters(), lr=0.1)
+    optimizer: Any
+    if name == "ScheduleFreeWrapper":
+        optimizer = ppsf_dist.ScheduleFreeWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+    else:
+        optimizer = getattr(ppsf_dist, name)(model.parameters(), lr=0.1)
     x, target = torch.randn(6, 4), torch.randn(6, 1)
     training, averages = [], []
 
@@ -210,10 +213,10 @@ def with_evaluations_between(closure_form: bool, evaluate: str) -> tuple[list[fl
 
 @pytest.mark.dist
 @pytest.mark.parametrize("evaluate", ["averaged", "eval and train"])
-@pytest.mark.parametrize("closure_form", [True, False])
-def test_what_fsdp_keeps_gathered_is_never_taken_for_the_weights(closure_form: bool, evaluate: str) -> None:
+@pytest.mark.parametrize("name", ["AdamWScheduleFreeClosure", "AdamWScheduleFree", "ScheduleFreeWrapper"])
+def test_what_fsdp_keeps_gathered_is_never_taken_for_the_weights(name: str, evaluate: str) -> None:
     """After an evaluation the root holds x gathered, and the training weights are y."""
-    (expected,) = run(1, with_evaluations_between, closure_form, "single")
-    for losses in run(2, with_evaluations_between, closure_form, evaluate):
+    (expected,) = run(1, with_evaluations_between, name, "single")
+    for losses in run(2, with_evaluations_between, name, evaluate):
         for ours, theirs in zip(losses, expected, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)

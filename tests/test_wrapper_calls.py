@@ -5,18 +5,25 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import re
 from typing import Any
 
 import prodigyopt
 import pytest
 import schedulefree
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import SGD, Optimizer
 
 import ppsf_dist
 from ppsf_dist import AdamWScheduleFree, Prodigy, ProdigyPlusScheduleFree, ScheduleFreeWrapper, averaged
+from tests.harness.layouts import LAYOUTS, local, set_grads, shard_parameters
+from tests.harness.models import gradient_sequence, initial_weights, named_shapes
+from tests.harness.pool import run
 from tests.reference import close
+
+SHAPES = named_shapes("small")
 
 
 def small(**arguments: Any) -> tuple[nn.Parameter, ScheduleFreeWrapper]:
@@ -231,3 +238,39 @@ def test_d_of_the_base_is_shown() -> None:
     with pytest.raises(AttributeError, match="SGD finds no step size d"):
         optimizer.get_d_estimate()
     assert ScheduleFreeWrapper(Prodigy([parameter], d0=1e-3)).get_d_estimate() == 1e-3
+
+
+def fails_on_one_rank(fault: str) -> tuple[str, bool]:
+    parameters = shard_parameters(initial_weights(SHAPES), LAYOUTS["fsdp_2"])
+    optimizer = ScheduleFreeWrapper(SGD(list(parameters.values()), lr=0.1))
+    for gradients in gradient_sequence(SHAPES, 2):
+        set_grads(parameters, gradients)
+        optimizer.step()
+    before = {name: local(p).clone() for name, p in parameters.items()}
+    alone = dist.get_rank() == 1
+
+    def closure() -> float:
+        if alone and fault == "closure":
+            raise OSError("disk")
+        return 0.0
+
+    if alone and fault == "eval":
+        optimizer.param_groups[0]["train_mode"] = False
+    if alone and fault == "lr":
+        optimizer.param_groups[0]["lr"] = -1.0
+    try:
+        optimizer.step(closure)
+    except (OSError, RuntimeError, ValueError) as error:
+        return str(error), all(torch.equal(local(p), before[name]) for name, p in parameters.items())
+    return "", False
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("eval", "in eval mode: call train"), ("lr", r"lr=-1.0 is out of range"), ("closure", "OSError: disk")],
+)
+def test_what_fails_on_one_rank_is_all_ranks_and_changes_nothing(fault: str, message: str) -> None:
+    one, other = run(2, fails_on_one_rank, fault)
+    assert "rank 1 of 2" in one[0] and re.search(message, one[0]) and re.search(message.split(": ")[-1], other[0])
+    assert one[1] and other[1]

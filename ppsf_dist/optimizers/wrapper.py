@@ -19,7 +19,7 @@ from ppsf_dist.optimizers.base import AdaptiveOptimizer, DistributedOptimizer
 from ppsf_dist.optimizers.hooks import StateDict, hooked_load, hooked_state_dict
 from ppsf_dist.optimizers.wrapping import PREFIX, from_base, like, look_at_gradients, spread, to_base
 from ppsf_dist.refusals import refuse_process_group
-from ppsf_dist.sharding import Layout, find_layout, find_shards, placement_of
+from ppsf_dist.sharding import Layout, drop_gathered_copies, find_layout, find_shards, placement_of
 
 SETTINGS = {
     "momentum": Rule(
@@ -136,17 +136,23 @@ class ScheduleFreeWrapper(Optimizer):
 
         Raises:
             RuntimeError: the optimizer is in eval mode.
-            ValueError: a gradient is sparse or complex, or a learning rate is not finite or negative.
+            ValueError: a gradient is sparse or complex, or a learning rate is not finite or negative. Like an exception
+                of the closure both are raised on every rank, with rank and cause.
             NotImplementedError: DeepSpeed has put other tensors in place of the parameters.
         """
         groups = self._groups()
-        if not all(group["train_mode"] for group in groups):
-            raise RuntimeError("ScheduleFreeWrapper is in eval mode: call train() before the next step")
-        rates = [_rate(group, index) for index, group in enumerate(groups)]
-        loss = None if closure is None else torch.enable_grad()(closure)()
         params = [p for group in groups for p in group["params"]]
         placement = placement_of(params, self._process_group)
-        any_gradient, finite = look_at_gradients(placement, params)
+        rates, loss, failure = [], None, None
+        try:
+            if not all(group["train_mode"] for group in groups):
+                raise RuntimeError("ScheduleFreeWrapper is in eval mode: call train() before the next step")
+            rates = [_rate(group, index) for index, group in enumerate(groups)]
+            loss = None if closure is None else torch.enable_grad()(closure)()
+        except Exception as error:
+            # The other ranks wait, and are told.
+            failure = error
+        any_gradient, finite = look_at_gradients(placement, params, failure)
         if not any_gradient:
             return loss
         if not finite:
@@ -198,14 +204,13 @@ class ScheduleFreeWrapper(Optimizer):
             keep: keep a copy of the training weights, so that :meth:`train` brings them back bit for bit; those of 16
                 bits are always kept.
         """
-        for group in self._groups():
-            if group["train_mode"]:
-                weight = averaging.train_to_eval_weight(group[PREFIX + "momentum"])
-                for p, here, z in self._points(group):
-                    if keep or p.element_size() < torch.float32.itemsize:
-                        self._kept[p] = here.clone()
-                    here.lerp_(z, weight)
-                group["train_mode"] = False
+        for group, points in self._changing(train=False):
+            weight = averaging.train_to_eval_weight(group[PREFIX + "momentum"])
+            for p, here, z in points:
+                if keep or p.element_size() < torch.float32.itemsize:
+                    self._kept[p] = here.clone()
+                here.lerp_(z, weight)
+            group["train_mode"] = False
 
     @torch.no_grad()
     def train(self, mode: bool = True) -> None:
@@ -217,22 +222,25 @@ class ScheduleFreeWrapper(Optimizer):
         if not mode:
             self.eval()
             return
-        for group in self._groups():
-            if not group["train_mode"]:
-                weight = averaging.eval_to_train_weight(group[PREFIX + "momentum"])
-                for p, here, z in self._points(group):
-                    if p in self._kept:
-                        here.copy_(self._kept.pop(p))
-                    else:
-                        here.lerp_(z, weight)
-                group["train_mode"] = True
+        for group, points in self._changing(train=True):
+            weight = averaging.eval_to_train_weight(group[PREFIX + "momentum"])
+            for p, here, z in points:
+                if p in self._kept:
+                    here.copy_(self._kept.pop(p))
+                else:
+                    here.lerp_(z, weight)
+            group["train_mode"] = True
 
-    def _points(self, group: Group) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Each parameter of a group that has been stepped, with its local weights and its local z."""
-        placement = placement_of(group["params"], self._process_group)
-        for shard, p in zip(placement.shards, group["params"], strict=True):
-            if p in self.z:
-                yield p, shard.local(p), shard.local(self.z[p])
+    def _changing(self, *, train: bool) -> Iterator[tuple[Group, list[tuple[Tensor, Tensor, Tensor]]]]:
+        """The groups whose mode changes, with each stepped parameter, its local weights and its local z."""
+        groups = self._groups()
+        params = [p for group in groups for p in group["params"]]
+        shards = dict(zip(params, placement_of(params, self._process_group).shards, strict=True))
+        for group in groups:
+            if group["train_mode"] != train:
+                stepped = [p for p in group["params"] if p in self.z]
+                yield group, [(p, shards[p].local(p), shards[p].local(self.z[p])) for p in stepped]
+                drop_gathered_copies(stepped)
 
     @property
     def skipped_steps(self) -> int:

@@ -19,15 +19,23 @@ PREFIX = "wrapper_"
 MOMENTUM, DECAY_AT_Y = PREFIX + "momentum", PREFIX + "weight_decay_at_y"
 
 
-def look_at_gradients(placement: Placement, params: Sequence[Tensor]) -> tuple[bool, bool]:
+def look_at_gradients(
+    placement: Placement, params: Sequence[Tensor], failure: Exception | None = None
+) -> tuple[bool, bool]:
     """Whether any rank has a gradient, and whether all of them are finite. Waits for the device.
 
+    Args:
+        placement: of the parameters.
+        params: all of them.
+        failure: why this rank cannot step, if it cannot.
+
     Raises:
-        ValueError: a gradient is not one that can be stepped, on any rank; all raise then.
+        Exception: some rank has failed, or has a gradient that cannot be stepped (``ValueError``); all raise then.
     """
     gradients = placement.gradients(params)
     flags = torch.zeros(3, dtype=torch.float64, device=params[0].device)
-    unfit: ValueError | None = None
+    unfit = failure
+    flags[2] += failure is not None
     for index, (gradient, p) in enumerate(zip(gradients, params, strict=True)):
         if gradient is None:
             continue

@@ -19,6 +19,8 @@ Amount = Callable[[int, int], int]
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--thorough") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--thorough counts what its campaigns do in one process: leave -n out")
     page: Path | None = config.getoption("--figures")
     if page is not None:
         marks_of(page)  # Before hours of work, not after them.
