@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from torch.optim import Optimizer
-
 from options import Settings
 from ppsf_dist.dry_run import Forecast, Share, forecast
-from ppsf_dist.methods.prodigy_plus import PRODIGY_PLUS
+from ppsf_dist.optimizers.base import DistributedOptimizer
 
 COLUMNS = ("elements", "weights", "gradients", "state", "total")
 UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
@@ -14,7 +12,7 @@ WIDTH = 20
 NAME_WIDTH = 20
 
 
-def table(settings: Settings, optimizer: Optimizer) -> str:
+def table(settings: Settings, optimizer: DistributedOptimizer) -> str:
     """Returns what each rank of a run would hold and reduce, as lines of text.
 
     Args:
@@ -26,13 +24,14 @@ def table(settings: Settings, optimizer: Optimizer) -> str:
     """
     (group,) = optimizer.param_groups
     parameters = [(tuple(parameter.shape), parameter.dtype) for parameter in group["params"]]
-    switches = PRODIGY_PLUS.switches_now(group)
+    method = optimizer.method
+    switches = method.switches_now(group)
     world_size = settings.world_size or 1
     names = [settings.strategy] if settings.strategy else ["single", "ddp", "fsdp", "deepspeed"]
     names = [f"zero{settings.zero_stage}" if name == "deepspeed" else name for name in names]
-    forecasts = [forecast(parameters, switches, name, world_size) for name in names]
+    forecasts = [forecast(parameters, switches, name, world_size, method=method) for name in names]
     if settings.shards:
-        forecasts.append(forecast(parameters, switches, "hsdp", world_size, settings.shards))
+        forecasts.append(forecast(parameters, switches, "hsdp", world_size, settings.shards, method=method))
     count = sum(shape.numel() for shape in (parameter.shape for parameter in group["params"]))
     lines = [f"{count:,} parameters in {len(parameters)} tensors, {settings.dtype}; {world_size} ranks"]
     for one in forecasts:

@@ -54,7 +54,7 @@ def _loss(axes: Axes, rows: list[dict[str, Number]], about: dict[str, object]) -
     axes.set_title(f"Loss ({about['parameters']:,} parameters, {ranks})", fontsize=11)
     axes.set_ylabel("nats per byte")
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper right")
+    axes.legend(loc="best")
 
 
 def _step_size(axes: Axes, rows: list[dict[str, Number]], about: dict[str, object]) -> None:

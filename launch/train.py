@@ -21,6 +21,7 @@ from optimizers import make, schedule_of
 from options import LAST, Settings, parse
 from ppsf_dist.bootstrap import ProcessInfo
 from ppsf_dist.fsdp import remove_checkpoint
+from ppsf_dist.optimizers.base import DistributedOptimizer
 from records import RunFolder, run_of_checkpoint
 from strategies import DTYPES, STRATEGIES, Trainer, UsageError
 
@@ -51,6 +52,7 @@ def _dry_run(settings: Settings) -> int:
         with torch.device("meta"):
             model = _model(settings)
         optimizer = _optimizer(settings, model.parameters())
+        assert isinstance(optimizer, DistributedOptimizer), "options.py refuses the others"
         print(table(settings, optimizer))
     except ValueError as error:
         print(f"train.py: error: {error}", file=sys.stderr)

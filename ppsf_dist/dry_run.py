@@ -14,13 +14,14 @@ import torch
 from ppsf_dist.algorithm.second_moment import Factoring, factoring
 from ppsf_dist.engine.group_numbers import OF_THE_STEP
 from ppsf_dist.engine.reductions import Outcome
+from ppsf_dist.methods.base import Method
 from ppsf_dist.methods.prodigy_plus import PRODIGY_PLUS
 from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
 from ppsf_dist.sharding import flat_range
 from ppsf_dist.sharding.geometry import Shape
 from ppsf_dist.sharding.registry import entries, find
-from ppsf_dist.state.inventory import PARAMETER_NUMBERS, Lies, needed
+from ppsf_dist.state.inventory import PARAMETER_NUMBERS, Holds, Lies, needed
 
 WHOLE = ("single", "ddp")
 """Strategies under which every rank has everything."""
@@ -107,41 +108,45 @@ class Model:
     Args:
         parameters: shape and dtype of each.
         switches: of the group.
+        method: what the optimizer is.
 
     Attributes:
         count: how many there are of each distinct parameter. Layers repeat: each is looked at once.
     """
 
-    def __init__(self, parameters: Iterable[tuple[Sequence[int], torch.dtype]], switches: Switches) -> None:
+    def __init__(
+        self, parameters: Iterable[tuple[Sequence[int], torch.dtype]], switches: Switches, method: Method
+    ) -> None:
         self.parameters: list[Described] = [(tuple(shape), dtype) for shape, dtype in parameters]
-        self.switches = switches
+        self.switches, self.method = switches, method
         self.count = Counter(self.parameters)
 
     def share(self, slices: Iterable[Slice]) -> Share:
         """What a rank holds that steps these slices as they are, in their own dtype."""
         switches, whole = self.switches, self._whole
-        elements = weights = second_moments = samples = indices = 0
+        elements = weights = averages = second_moments = samples = indices = 0
         for one in slices:
-            size = one.count * one.numel * one.dtype.itemsize
             elements += one.count * one.numel
-            weights += size
+            weights += one.count * one.numel * one.dtype.itemsize
+            sampled = len(range(-one.start % switches.slice_p, one.numel, switches.slice_p))
+            for entry in needed(switches, one.shape):
+                size = one.count * entry.dtype(one.dtype, switches).itemsize
+                if entry.lies is Lies.SAMPLED:
+                    samples += size * sampled
+                elif entry.lies is Lies.LIKE_PARAMETER and entry.holds is Holds.SQUARES:
+                    second_moments += size * one.numel
+                elif entry.lies is Lies.LIKE_PARAMETER:
+                    averages += size * one.numel
             axes = self._factoring(one.shape)
-            if axes is None:
-                second_moments += size
-            else:
+            if axes is not None:
                 boxes = flat_range(one.shape, one.start, one.numel)
                 lines = sum(box.numel // box.size[axes.dr] + box.numel // box.size[axes.dc] for box in boxes)
                 indices += one.count * _INT64 * lines
-            if switches.statistics:
-                step = switches.slice_p
-                sampled = one.count * len(range(-one.start % step, one.numel, step))
-                entries_of = (e for e in needed(switches, one.shape) if e.lies is Lies.SAMPLED)
-                samples += sum(sampled * e.dtype(one.dtype, switches).itemsize for e in entries_of)
         return Share(
             elements=elements,
             weights=weights,
             gradients=weights,
-            averages=weights,
+            averages=averages,
             second_moments=second_moments,
             samples=samples,
             factored=whole.factored,
@@ -186,12 +191,12 @@ class Model:
                 averaged = 0 if cell == 1 else _INT64 * (rows + rows // cell)
                 indices += n * (rows * (_INT64 + _BOOL + _INT64) + averaged)
         tables = (2 if switches.counts_mask_late else 1) * (slots * len(Stat) + len(Outcome))
-        of_group = len(PRODIGY_PLUS.numbers) + len(OF_THE_STEP)
+        of_group = len(self.method.numbers) + len(OF_THE_STEP)
         numbers = _FP64 * (slots * len(PARAMETER_NUMBERS) + tables + of_group) + _FP32 * length
         return Share(factored=_FP32 * length, numbers=numbers, indices=indices)
 
     def _factoring(self, shape: Shape) -> Factoring | None:
-        return factoring(shape) if self.switches.factored else None
+        return factoring(shape) if self.switches.second_moment and self.switches.factored else None
 
     def _buffer_length(self, count: Counter[Described]) -> int:
         factored = ((axes, n) for (shape, _), n in count.items() if (axes := self._factoring(shape)) is not None)
@@ -211,6 +216,8 @@ def forecast(
     strategy: str,
     world_size: int,
     shards: int | None = None,
+    *,
+    method: Method = PRODIGY_PLUS,
 ) -> Forecast:
     """What each rank would hold and reduce with all parameters in one group.
 
@@ -222,6 +229,7 @@ def forecast(
             any element as DeepSpeed cuts them), or one that was registered.
         world_size: number of ranks.
         shards: ranks over which "hsdp" cuts.
+        method: what the optimizer is, ``optimizer.method``.
 
     Raises:
         ValueError: the strategy is unknown, ``world_size`` is below 1 or no multiple of ``shards``, or a parameter
@@ -233,7 +241,7 @@ def forecast(
         raise ValueError(f"strategy={strategy!r} cannot be forecast: allowed are {allowed}")
     if world_size < 1:
         raise ValueError(f"world_size={world_size} is too small: 1 or more is allowed")
-    return foresee(strategy, Model(parameters, switches), world_size, shards)
+    return foresee(strategy, Model(parameters, switches, method), world_size, shards)
 
 
 def _foresee_whole(strategy: str, model: Model, world_size: int, shards: int | None) -> Forecast:

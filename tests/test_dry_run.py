@@ -15,16 +15,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import ppsf_dist
 from ppsf_dist import ProdigyPlusScheduleFree
 from ppsf_dist.dry_run import Share, forecast
 from ppsf_dist.kernels.eager.passes import EagerPasses
-from ppsf_dist.methods.prodigy_plus import PRODIGY_PLUS
 from ppsf_dist.methods.switches import Switches
+from ppsf_dist.optimizers.base import DistributedOptimizer
 from tests.bootstrap import launchers
 from tests.harness.counting import count_collectives
 from tests.harness.layouts import local
 from tests.harness.pool import run
-from tests.switches import EVERY, Switch
+from tests.switches import EVERY
 
 RANKS = 4
 CHOSEN = ["default", "momentum", "speed", "unfactored", "low_factors", "adopt", "cautious", "focus", "no_stableadamw"]
@@ -38,16 +39,31 @@ def make_model(dtype: torch.dtype) -> nn.Module:
     return nn.Sequential(nn.Linear(33, 50), nn.Tanh(), nn.Linear(50, 7), nn.Linear(7, 3)).to(dtype)
 
 
-def switches_of(optimizer: ProdigyPlusScheduleFree) -> Switches:
+SISTERS = {
+    "Prodigy": {"slice_p": 3}, "AdamWScheduleFree": {}, "SGDScheduleFree": {}, "RAdamScheduleFree": {},
+}  # fmt: skip
+
+
+def build(name: str, parameters: Any) -> DistributedOptimizer:
+    """A sister by her name, or ProdigyPlusScheduleFree with one of its switches."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if name in SISTERS:
+            made: DistributedOptimizer = getattr(ppsf_dist, name)(parameters, **SISTERS[name])
+            return made
+        return ProdigyPlusScheduleFree(parameters, **EVERY[name])
+
+
+def switches_of(optimizer: DistributedOptimizer) -> Switches:
     (group,) = optimizer.param_groups
-    return PRODIGY_PLUS.switches_now(group)
+    return optimizer.method.switches_now(group)
 
 
 def size(tensors: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def held(model: nn.Module, optimizer: ProdigyPlusScheduleFree) -> Share:
+def held(model: nn.Module, optimizer: DistributedOptimizer) -> Share:
     """What this process holds, from the tensors that are there."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     return replace(
@@ -58,7 +74,7 @@ def held(model: nn.Module, optimizer: ProdigyPlusScheduleFree) -> Share:
     )
 
 
-def held_as_state(optimizer: ProdigyPlusScheduleFree, parameters: list[nn.Parameter]) -> Share:
+def held_as_state(optimizer: DistributedOptimizer, parameters: list[nn.Parameter]) -> Share:
     (plan,) = optimizer._engine.plans.values()
     assert optimizer._engine.numbers is not None
     sums = plan.reductions
@@ -92,9 +108,7 @@ def real(strategy: str, names: list[str], dtype: torch.dtype) -> list[tuple[Shar
         if mesh is not None:
             fully_shard(model, mesh=mesh)
         forward = DistributedDataParallel(model) if strategy == "ddp" else model
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            optimizer = ProdigyPlusScheduleFree(model.parameters(), **EVERY[name])
+        optimizer = build(name, model.parameters())
         for _ in range(2):
             optimizer.zero_grad()
             forward(torch.randn(5, 33, dtype=dtype)).float().square().mean().backward()
@@ -105,13 +119,12 @@ def real(strategy: str, names: list[str], dtype: torch.dtype) -> list[tuple[Shar
     return results
 
 
-def expected(strategy: str, switch: Switch, dtype: torch.dtype, world_size: int = RANKS) -> Any:
+def expected(strategy: str, name: str, dtype: torch.dtype, world_size: int = RANKS) -> Any:
     model = make_model(dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        switches = switches_of(ProdigyPlusScheduleFree(model.parameters(), **switch))
+    optimizer = build(name, model.parameters())
     shapes = [(tuple(p.shape), p.dtype) for p in model.parameters()]
-    return forecast(shapes, switches, strategy, world_size, 2 if strategy == "hsdp" else None)
+    shards = 2 if strategy == "hsdp" else None
+    return forecast(shapes, switches_of(optimizer), strategy, world_size, shards, method=optimizer.method)
 
 
 @pytest.mark.dist
@@ -119,10 +132,10 @@ def expected(strategy: str, switch: Switch, dtype: torch.dtype, world_size: int 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "hsdp"])
 def test_every_number_is_that_of_a_real_run(strategy: str, dtype: torch.dtype) -> None:
     ranks = 1 if strategy == "single" else RANKS
-    names = CHOSEN if dtype == torch.float32 else ["default", "low_factors", "no_quirks", "speed"]
+    names = [*CHOSEN, *SISTERS] if dtype == torch.float32 else ["default", "low_factors", "no_quirks", "speed"]
     by_rank = run(ranks, real, strategy, names, dtype)
     for index, name in enumerate(names):
-        foreseen = expected(strategy, EVERY[name], dtype)
+        foreseen = expected(strategy, name, dtype)
         assert len(foreseen.shares) == ranks
         for rank in range(ranks):
             share, sizes, count = by_rank[rank][index]
