@@ -29,7 +29,7 @@ def rotated(first: Collection[Any], second: Collection[Any], rounds: int = 2) ->
 
 
 KEPT: dict[str, int | tuple[str, ...]] = {
-    # Start-up of real processes: one launcher of each kind, and one run of each kind of loss.
+    # Start-up of real processes: each launcher once in bootstrap, training under plain python and torchrun.
     "launch/test_same_everywhere.py::test_two_ranks_under": 0,
     "launch/test_same_everywhere.py::test_two_hosts": 0,
     "launch/test_hosts.py::test_a_killed_worker_starts_again_from_the_last_checkpoint": 0,
@@ -49,14 +49,14 @@ KEPT: dict[str, int | tuple[str, ...]] = {
     "bootstrap/test_launchers.py::test_failed_slurm_job_is_queued_again_and_keeps_its_exit_code": 0,
     "launch/test_optimizers.py::test_two_ranks_have_the_losses_of_one_process": 0,
     # One process: each switch in one of several ways.
-    "test_soundness.py::test_copies_that_arrive_late_change_nothing": ("fsdp_2-0",),
+    "test_soundness.py::test_copies_that_arrive_late_change_nothing": 0,
     "test_accelerator.py::test_a_step_stays_on_the_device": 10,
     "test_work.py::test_sizes_do_not_change_a_run": 5,
     "test_budgets.py::test_nothing_that_a_captured_graph_reads_moves_from_step_to_step": 8,
     "test_accelerator.py::test_small_tensors_of_a_shape_are_computed_as_one": 2,
     "test_reference.py::test_a_run_is_the_references": 12,
     "test_reference.py::test_training_is_the_references": 2,
-    "test_interruptions.py::test_every_point_of_a_step_on_one_process": 16,
+    "test_interruptions.py::test_every_point_of_a_step_on_one_process": 24,
     "test_interruptions.py::test_every_point_of_a_step_on_two_ranks": ("default",),
     "test_interruptions.py::test_an_error_on_one_rank_in_the_middle_of_a_step_is_all_ranks": ("cautious",),
     "torch_suite/test_compilers.py::test_compiled_programs_step_as_others": 3,
@@ -65,9 +65,9 @@ KEPT: dict[str, int | tuple[str, ...]] = {
     # Ranks: every layout and every stage stays, with fewer switches.
     "test_layouts.py::test_every_shape_in_every_role": 8,
     "test_layouts.py::test_bf16_weights_and_their_rounding_do_not_depend_on_the_layout": 7,
-    "test_layouts.py::test_d_over_a_hundred_steps": ("fsdp_4",),
-    "test_checkpoints.py::test_tensor_parallelism_too": 4,
-    "test_checkpoints.py::test_a_run_of_the_reference_moves_in": 3,
+    "test_layouts.py::test_d_over_a_hundred_steps": 0,
+    "test_checkpoints.py::test_tensor_parallelism_too": 8,
+    "test_checkpoints.py::test_a_run_of_the_reference_moves_in": 6,
     "test_state.py::test_a_run_goes_on_in_another_layout": 4,
     "test_state.py::test_the_step_that_creates_state_changes_nothing": 6,
     "test_state.py::test_resume_is_bit_exact": 2,
@@ -90,17 +90,22 @@ KEPT: dict[str, int | tuple[str, ...]] = {
     "test_one_rank_alone.py::test_the_step_is_nobodys_and_all_know_why": 2,
     "deepspeed/test_carrying.py::test_portable_checkpoints_between_stages": 2,
     "test_moving_d.py::test_d_is_what_its_sums_say": 2,
-    "deepspeed/test_stages.py::test_every_switch": 10,
+    "test_family.py::test_every_layout_gives_the_run_of_one_process": 2,
+    "test_nonfinite.py::test_every_switch": 2,
+    "test_scaler.py::test_two_micro_batches_are_one_batch": 2,
+    "test_soundness.py::test_the_edge_of_fp32_is_in_the_same_place_in_every_layout": 3,
+    "harness/test_pool.py::test_nothing_is_left_however_the_tests_end": 2,
+    "deepspeed/test_stages.py::test_every_switch": 14,
     "deepspeed/test_stages.py::test_every_stage": 3,
     "deepspeed/test_stages.py::test_settings_of_zero": 3,
     "deepspeed/test_checkpoints.py::test_the_same_ranks_resume_bit_for_bit": 3,
-    "deepspeed/test_checkpoints.py::test_experts_resume_bit_for_bit": 2,
-    "deepspeed/test_carrying.py::test_universal_checkpoints": 8,
+    "deepspeed/test_checkpoints.py::test_experts_resume_bit_for_bit": 4,
+    "deepspeed/test_carrying.py::test_universal_checkpoints": 0,
     "deepspeed/test_carrying.py::test_from_deepspeed_to_fsdp_and_one_device": 12,
     "deepspeed/test_carrying.py::test_from_fsdp_and_one_device_to_deepspeed": 12,
     "deepspeed/test_training.py::test_a_step_that_is_not_finite_changes_nothing_anywhere": 2,
     "deepspeed/test_trainers.py::test_accelerates_optimizer_switches_what_the_model_computes": 0,
-    "deepspeed/test_trainers.py::test_trainer_evaluates_the_average": ("3",),
+    "deepspeed/test_trainers.py::test_trainer_evaluates_the_average": 0,
     "deepspeed/test_dry_run.py::test_every_number_is_that_of_a_real_engine": 5,
 }
 """Of tests that take long: which of their cases the default keeps, by a part of their names, or every so-manyth (0 for
