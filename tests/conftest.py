@@ -78,6 +78,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None if may_be_quick(collection_path.relative_to(TESTS).as_posix()) else True
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The default runs what is neither marked ``thorough`` nor left out by ``tests/rotation.py``; ``campaign`` runs in
     it as a slice, and whole with ``--thorough``, which runs the rest. ``--quick`` is a choice of the default."""

@@ -96,6 +96,7 @@ REFUSED = {
     ("--optimizer", "Adam"): "invalid choice: 'Adam'",
     ("--lr", "0"): "0 is out of range: a number > 0 is allowed",
     ("--optimizer", "Prodigy", "--opt", "use_speed=True"): "'use_speed' is no argument of Prodigy",
+    ("--opt", "use_cautios=True"): "no argument of ProdigyPlusScheduleFree: did you mean 'use_cautious'? It has betas,",
     ("--opt", "lr=0.5"): "'lr' is no argument of ProdigyPlusScheduleFree: it has an option of its own, --lr",
     ("--optimizer", "AdamW", "--strategy", "deepspeed"): "--optimizer AdamW does not run under --strategy deepspeed",
     ("--optimizer", "AdamW", "--check-every", "2"): "--check-every compares what ppsf_dist's own optimizers keep",

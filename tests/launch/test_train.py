@@ -121,12 +121,6 @@ def test_a_batch_that_does_not_divide_is_refused_on_every_rank(tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
-def test_a_wrong_switch_is_named_with_those_that_exist() -> None:
-    printed = run(PLAIN, "--opt", "use_cautios=True", expect=2)
-    assert "'use_cautios' is no argument of ProdigyPlusScheduleFree: did you mean 'use_cautious'?" in printed
-    assert "d_coef" in printed and "params" not in printed
-
-
 def test_a_run_is_not_overwritten_unasked(single: tuple[Path, str]) -> None:
     before = (single[0] / "metrics.jsonl").read_bytes()
     assert "holds a run already" in run(PLAIN, *TINY, "--output", str(single[0]), expect=2)
