@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 
 from ppsf_dist.algorithm import averaging
 from ppsf_dist.compiling import uncompiled
+from ppsf_dist.engine.wrapped_step import PREFIX, from_base, like, look_at_gradients, spread, to_base
 from ppsf_dist.methods.base import Group
 from ppsf_dist.methods.rules import ANY, DECAY, NOT_NEGATIVE, Rule, checked, integer, naming
 from ppsf_dist.optimizers.base import AdaptiveOptimizer, DistributedOptimizer
 from ppsf_dist.optimizers.hooks import StateDict, hooked_load, hooked_state_dict
-from ppsf_dist.optimizers.wrapping import PREFIX, from_base, like, look_at_gradients, spread, to_base
 from ppsf_dist.refusals import refuse_process_group
 from ppsf_dist.sharding import Layout, drop_gathered_copies, find_layout, find_shards, placement_of
 
