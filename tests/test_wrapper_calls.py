@@ -274,3 +274,9 @@ def test_what_fails_on_one_rank_is_all_ranks_and_changes_nothing(fault: str, mes
     one, other = run(2, fails_on_one_rank, fault)
     assert "rank 1 of 2" in one[0] and re.search(message, one[0]) and re.search(message.split(": ")[-1], other[0])
     assert one[1] and other[1]
+
+
+def test_averaged_names_an_optimizer_that_has_no_average() -> None:
+    optimizer = SGD([nn.Parameter(torch.ones(3))], lr=0.1)
+    with pytest.raises(TypeError, match="optimizer is a SGD, which has no average"), averaged(optimizer):
+        pass
