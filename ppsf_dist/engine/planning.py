@@ -115,6 +115,7 @@ class Planner:
         if plan is not None and plan.signature == signature and plan.is_current():
             return plan
         if plan is not None:
+            _refuse_another_meaning(plan.signature, signature)
             self._agree_to_plan_anew(plan.reductions, _what_changed(plan.signature, signature))
         elif part in self._outdated:
             self._agree_to_plan_anew(*self._outdated[part])
@@ -298,6 +299,21 @@ class Planner:
         """
         self._outdated |= {part: (plan.reductions, reason) for part, plan in self.plans.items()}
         self.plans, self.numbers, self._trained = {}, None, None
+
+
+def _refuse_another_meaning(before: Any, now: Any) -> None:
+    """Refuse a switch with which state of the same name is something else.
+
+    Raises:
+        ValueError: FOCUS has been switched on or off, whose second moment is an average of weights.
+    """
+    for index, (old, new) in enumerate(zip(before[1], now[1], strict=False)):
+        if old.focus != new.focus:
+            raise ValueError(
+                f"use_focus of parameter group {index} has changed from {old.focus} to {new.focus} in mid-run, but "
+                "exp_avg_sq is an average of weights with it and of squares without: set it back, or build a new "
+                "optimizer on the averaged weights, with d0= the d that was found"
+            )
 
 
 def _what_changed(before: Any, now: Any) -> str:
