@@ -171,22 +171,6 @@ class PartNumbers:
         """Write the coefficients as far as they are known: with d of this step once the step has learned it."""
         self._buffers.coefficients.fill(self._step.coefficients(self._of))
 
-    def moments(self, moments: FactoredMoments, sums: Tensor) -> Tensor:
-        """The factored moments after this step, in scratch, from the sums of all ranks."""
-        if not len(moments):
-            return sums
-        c = self._buffers.coefficients
-        return moments.updated(sums, c["beta2"], c["square_weight"])
-
-    def fill_factors(self, moments: FactoredMoments, new: Tensor) -> None:
-        """Write square roots for the denominator: of the new moments, or of the old ones under ADOPT."""
-        if not len(moments):
-            return
-        factors = moments.factors(new)
-        if self._traits.any_adopt:
-            factors = torch.where(self._traits.adopt[moments.slot_of], moments.factors(moments.values), factors)
-        self._buffers.factors.copy_(factors)
-
     def fill_scales(self, stats: Tensor) -> None:
         """Write :class:`Scales` from the sums of all ranks."""
         t = self._traits

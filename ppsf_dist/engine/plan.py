@@ -133,6 +133,8 @@ class Plan:
         return Buffers(
             coefficients=Coefficients(coefficients, slots, device),
             factors=torch.zeros_like(self.moments.values),
+            new_moments=torch.zeros_like(self.moments.values),
+            adopt=self.traits.adopt if self.traits.any_adopt else None,
             scales=torch.zeros(len(Scales._fields), slots, dtype=torch.float32, device=device),
             keys=torch.zeros(slots, dtype=torch.int32, device=device),
             gates=Gates(flags(), flags()),
@@ -235,13 +237,14 @@ class Plan:
         """Empty the buffers of the step, and note which gradients are here and how many numbers are not finite."""
         self.reductions.begin()
         self._complete_gradients()
+        weights = [shard.weights() for shard in self.shards]
         gradients = [shard.gradient() for shard in self.shards]
-        for shard, slot, shape, gradient in zip(self.shards, self.slot_of_shard, self._shapes, gradients, strict=True):
-            if shard.weights().shape != shape:
-                refuse_reshaped(shard.weights().shape, shape, self.slots[slot])
+        for here, slot, shape, gradient in zip(weights, self.slot_of_shard, self._shapes, gradients, strict=True):
+            if here.shape != shape:
+                refuse_reshaped(here.shape, shape, self.slots[slot])
             if gradient is not None and _is_odd(gradient, shape):
                 refuse_gradient(gradient, shape, self.slots[slot])
-        self.passes.bind()
+        self.passes.bind(weights, gradients)
         present = tuple([gradient is not None for gradient in gradients])
         if self._present is None or self._present[0] != present:
             column = torch.zeros(len(self.slots), dtype=torch.float64)
@@ -304,7 +307,7 @@ class Plan:
 
 
 def _is_odd(gradient: Tensor, shape: torch.Size) -> bool:
-    return gradient.layout is not torch.strided or gradient.shape != shape or gradient.is_complex()
+    return gradient.shape != shape or gradient.layout is not torch.strided or gradient.dtype.is_complex
 
 
 def _initial(entry: Entry, shard: Shard, switches: Switches) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -13,8 +14,7 @@ from ppsf_dist.engine.group_numbers import GroupNumbers, News
 from ppsf_dist.engine.host import HostAccess
 from ppsf_dist.engine.plan import Plan
 from ppsf_dist.engine.reductions import Outcome, Reductions
-from ppsf_dist.kernels.eager import EagerKernels
-from ppsf_dist.kernels.interface import Kernels
+from ppsf_dist.kernels.choice import ChosenKernels
 from ppsf_dist.methods.base import Method
 from ppsf_dist.methods.switches import Switches
 from ppsf_dist.release import RELEASE
@@ -41,6 +41,9 @@ from ppsf_dist.sharding.slots import (
 )
 from ppsf_dist.sharding.team import CollectiveFailed
 
+KERNELS = "the kernels (PPSF_KERNELS=eager on all ranks makes them equal; docs/performance.md)"
+"""What messages call a backend, whose last bits are its own."""
+
 
 class Owner(Protocol):
     """The optimizer that is served: torch replaces its dictionaries, so they are looked up each time."""
@@ -65,7 +68,7 @@ class Planner:
 
     def __init__(self, owner: Owner, method: Method, process_group: dist.ProcessGroup | None, seed: int) -> None:
         self._owner, self.method = owner, method
-        self.kernels: Kernels = EagerKernels()
+        self.kernels = ChosenKernels()
         self.process_group = process_group
         self.seed = seed
         self.given: list[list[Tensor]] = []
@@ -177,7 +180,13 @@ class Planner:
 
     def common(self) -> dict[str, object]:
         """What all ranks must agree on for the whole optimizer, by name."""
-        return {"seed": self.seed, "the release of ppsf_dist": RELEASE, "the optimizer": self.method.name}
+        device = next((p.device for group in self.groups for p in group["params"]), torch.device("cpu"))
+        return {
+            "seed": self.seed,
+            "the release of ppsf_dist": RELEASE,
+            "the optimizer": self.method.name,
+            KERNELS: self.kernels.arithmetic(device),
+        }
 
     def settings(self) -> list[dict[str, object]]:
         """What all ranks must agree on for each group, by name. Waits for a learning rate that is a tensor."""

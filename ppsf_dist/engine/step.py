@@ -16,9 +16,8 @@ from ppsf_dist.state.writes import Write, Writes
 
 
 class Prepared(NamedTuple):
-    """What is written beside the passes: factored moments, numbers of the parameters, and where they may be."""
+    """What is written after the passes, the numbers of the parameters, and where the passes may write."""
 
-    moments: Tensor
     parameters: Tensor
     known: KnownGates | None
 
@@ -47,7 +46,7 @@ class PartStep:
         passes.pass_1()
         if plan.reduces_sums_early:
             reductions.reduce()
-        if plan.divides_early:
+        if plan.divides_early and plan.reduces_sums_early:
             self._fill_factors()
         if plan.needs_norms:
             passes.pass_2()
@@ -68,29 +67,30 @@ class PartStep:
         if self._prepared is None:
             # All that reads what is written below.
             self._prepared = self._prepare(self.verdict.cause if cause is None else cause)
-        moments, parameters, known = self._prepared
+        parameters, known = self._prepared
         gate = plan.buffers.gates.moments
         writes.restart()
-        writes.put(lambda: plan.moments.committed(moments, gate))
+        plan.passes.write_moments(writes)
         plan.passes.pass_3(known, writes)
         writes.put(lambda: [Write([plan.parameters], [parameters.where(gate, plan.parameters)])])
         plan.end()
 
     def _fill_factors(self) -> None:
-        """The denominator of this step; with ADOPT for all that is factored it stays that of the step before."""
+        self.plan.passes.update_moments()
         if self.plan.reduces_sums_early:
-            self.numbers.fill_factors(self.plan.moments, self._moments)
+            # With ADOPT for all that is factored they stay those of the step before.
+            self.plan.passes.fill_factors()
 
     def _prepare(self, cause: Tensor) -> Prepared:
         plan, numbers, stats = self.plan, self.numbers, self.plan.reductions.table.stats
         numbers.fill_coefficients()
-        if not plan.divides_early:
+        if not (plan.divides_early and plan.reduces_sums_early):
             self._fill_factors()
         if plan.reductions.masks is not None:
             stats[:, Stat.LATE_MASK] = plan.reductions.masks.stats[:, Stat.LATE_MASK]
         numbers.fill_scales(stats)
         known = numbers.fill_gates(self.verdict._replace(cause=cause), plan.host)
-        return Prepared(self._moments, self.contribution.parameters, known)
+        return Prepared(self.contribution.parameters, known)
 
     @cached_property
     def numbers(self) -> PartNumbers:
@@ -109,11 +109,6 @@ class PartStep:
     def contribution(self) -> Contribution:
         """What this part adds to its step."""
         return self.numbers.contribution(self.plan.reductions.table.stats, self.verdict)
-
-    @cached_property
-    def _moments(self) -> Tensor:
-        """The factored moments after the step, in scratch."""
-        return self.numbers.moments(self.plan.moments, self.plan.reductions.sums)
 
     def _weights_are_unsound(self) -> bool:
         """Whether it is the weights, on any rank, that made the gradients what they are. All ranks ask together."""

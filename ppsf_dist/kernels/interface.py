@@ -69,6 +69,9 @@ class Buffers:
     Attributes:
         coefficients: numbers of the step that scale the formulas.
         factors: square roots of the factored moments, flat, fp32.
+        new_moments: the factored moments after the step, until they are written.
+        adopt: which parameters ADOPT steps, a bool vector over them: they are divided by the moments before the step.
+            None where it steps none.
         scales: the table of :class:`Scales`, fp32.
         keys: of stochastic rounding, int32 vector over parameters.
         gates: what pass 3 writes.
@@ -79,6 +82,8 @@ class Buffers:
 
     coefficients: Coefficients
     factors: Tensor
+    new_moments: Tensor
+    adopt: Tensor | None
     scales: Tensor
     keys: Tensor
     gates: Gates
@@ -90,8 +95,13 @@ class Buffers:
 class Passes(Protocol):
     """What a backend has prepared for one plan: the passes over everything in it. 1 and 2 only read; 3 writes."""
 
-    def bind(self) -> None:
-        """Look up this step's weights and gradients, which a framework may have replaced since the last."""
+    def bind(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Take this step's tensors, which a framework may have replaced since the last.
+
+        Args:
+            weights: of each shard that was prepared, its local weights, of the same shape and dtype as then.
+            gradients: of each of them its local gradient, if it has one.
+        """
 
     def release(self) -> None:
         """Let go of the gradients, so that the next backward pass finds their memory free."""
@@ -99,11 +109,20 @@ class Passes(Protocol):
     def pass_1(self) -> None:
         """Sums of g^2 by row and column, and all sums that need nothing of this step."""
 
+    def update_moments(self) -> None:
+        """The factored moments after this step, from the sums of all ranks, into ``new_moments``."""
+
+    def fill_factors(self) -> None:
+        """The factors of the denominators, from ``new_moments``."""
+
     def pass_2(self) -> None:
         """Norms of the direction and its angle with the weights."""
 
     def count_masks(self) -> None:
         """Size of the mask of the schedule-free cautious update."""
+
+    def write_moments(self, writes: Writes) -> None:
+        """``new_moments`` in place of the old ones, of the parameters whose gate is open. As of :meth:`pass_3`."""
 
     def pass_3(self, known: KnownGates | None, writes: Writes) -> None:
         """Write y, z, the elementwise moments and s, through ``writes``: an exception in here is a pause.

@@ -67,7 +67,17 @@ class Layout:
 
     def signature(self, part: Part) -> Hashable:
         """What the plan for a part depends on."""
-        return tuple([(id(p), group, p.device, p.dtype) for p, group, _ in self.members(part)])
+        if part:
+            return tuple([(id(p), group, p.device, p.dtype) for p, group, _ in self.members(part)])
+        # Asked for in every step.
+        return tuple(
+            [
+                (id(p), group, p.device, p.dtype)
+                for group, params in enumerate(self.parameters())
+                for p in params
+                if p.requires_grad
+            ]
+        )
 
     def members(self, part: Part) -> list[Member]:
         """The trainable parameters of a part, in order."""

@@ -57,6 +57,17 @@ class FactoredMoments:
         slots: for each parameter its factoring, whether its means follow the reference's axis (``quirks``), and the
             dtype in which its moments are kept; None where it is not factored.
         device: of the buffer.
+
+    Attributes:
+        placed: of each parameter, where its R and C lie.
+        values: the moments.
+        slot_of: of each value its parameter.
+        inverse_n: what makes a mean of a sum.
+        in_bf16: which values are kept in bf16; None if none is.
+        rows: where the values of R lie.
+        own_mean: which of those are divided by themselves (quirks).
+        cell_of: by the mean of which cell the others are.
+        ordered, lengths: places of the values of each cell, one cell after the other, and how many each has.
     """
 
     def __init__(
@@ -100,14 +111,14 @@ class FactoredMoments:
 
         self.values = torch.zeros(start, dtype=torch.float32, device=device)
         self.slot_of = joined(slot_of, torch.int64)
-        self._inverse_n = joined(inverse_n, torch.float32)
+        self.inverse_n = joined(inverse_n, torch.float32)
         any_low = any(slot is not None and slot[2] == torch.bfloat16 for slot in slots)
-        self._low_precision = joined(low_precision, torch.bool) if any_low else None
-        self._rows = joined(row_index, torch.int64)
-        self._own_mean = joined(own_mean, torch.bool)
-        self._cell_of = joined(cell_of, torch.int64)
-        self._ordered = joined(ordered, torch.int64)
-        self._lengths = joined(lengths, torch.int64)
+        self.in_bf16 = joined(low_precision, torch.bool) if any_low else None
+        self.rows = joined(row_index, torch.int64)
+        self.own_mean = joined(own_mean, torch.bool)
+        self.cell_of = joined(cell_of, torch.int64)
+        self.ordered = joined(ordered, torch.int64)
+        self.lengths = joined(lengths, torch.int64)
 
     def __len__(self) -> int:
         return self.values.numel()
@@ -119,25 +130,25 @@ class FactoredMoments:
             sums: sums of g^2 over dr and dc of the whole parameters, in the order of the buffer.
             beta2, weight: decay of the moment and weight of the square, vectors over parameters (fp32).
         """
-        square = sums * self._inverse_n
+        square = sums * self.inverse_n
         beta2, weight = beta2[self.slot_of], weight[self.slot_of]
         new = second_moment.ema_(self.values.clone(), beta2, weight, square)
-        if self._low_precision is not None:
+        if self.in_bf16 is not None:
             low = second_moment.ema_low_precision(self.values.bfloat16(), beta2, weight, square).float()
-            new = torch.where(self._low_precision, low, new)
+            new = torch.where(self.in_bf16, low, new)
         return new
 
     def factors(self, moments: Tensor) -> Tensor:
         """Square roots that multiply to the denominator: sqrt(R / mean R) at the rows, sqrt(C) at the columns."""
         factors = moments.sqrt()
-        rows = moments.index_select(0, self._rows)
-        if self._lengths.numel():
-            by_cell = moments.index_select(0, self._ordered).double()
-            means = torch.segment_reduce(by_cell, "mean", lengths=self._lengths, unsafe=True).float()
-            mean = torch.where(self._own_mean, rows, means.index_select(0, self._cell_of))
+        rows = moments.index_select(0, self.rows)
+        if self.lengths.numel():
+            by_cell = moments.index_select(0, self.ordered).double()
+            means = torch.segment_reduce(by_cell, "mean", lengths=self.lengths, unsafe=True).float()
+            mean = torch.where(self.own_mean, rows, means.index_select(0, self.cell_of))
         else:
             mean = rows
-        return factors.index_copy_(0, self._rows, second_moment.row_scale(rows, mean))
+        return factors.index_copy_(0, self.rows, second_moment.row_scale(rows, mean))
 
     def strided(self, slot: int, box: Box) -> tuple[Strided, Strided]:
         """Where the rows and the columns that a box touches lie in the buffer, in the box's shape (1 along dr, dc)."""

@@ -40,18 +40,18 @@ class EagerKernels:
         state: Mapping[Tensor, Mapping[str, Any]],
         buffers: Buffers,
     ) -> EagerPasses:
-        return EagerPasses(self._workspace, plan_work(shards, slots, switches, moments, state), buffers)
+        return EagerPasses(self._workspace, plan_work(shards, slots, switches, moments, state), moments, buffers)
 
 
 class EagerPasses:
     """Implements :class:`ppsf_dist.kernels.interface.Passes`, work by work and tile by tile."""
 
-    def __init__(self, workspace: Workspace, works: Sequence[Work], buffers: Buffers) -> None:
-        self._workspace, self.works, self._buffers = workspace, works, buffers
+    def __init__(self, workspace: Workspace, works: Sequence[Work], moments: FactoredMoments, buffers: Buffers) -> None:
+        self._workspace, self.works, self._moments, self._buffers = workspace, works, moments, buffers
 
-    def bind(self) -> None:
+    def bind(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         for work in self.works:
-            work.read()
+            work.bind(weights, gradients)
 
     def release(self) -> None:
         for work in self.works:
@@ -87,6 +87,19 @@ class EagerPasses:
                 local[:, Stat.LARGEST_SQUARE] += _largest(row_sums)
                 local[:, Stat.GG] += _sum(row_sums)
             stats.index_add_(0, work.slot_index, local)
+
+    def update_moments(self) -> None:
+        buffers, c = self._buffers, self._buffers.coefficients
+        if len(self._moments):
+            buffers.new_moments.copy_(self._moments.updated(buffers.sums, c["beta2"], c["square_weight"]))
+
+    def fill_factors(self) -> None:
+        buffers, of = self._buffers, self._buffers.new_moments
+        if not len(self._moments):
+            return
+        if buffers.adopt is not None:
+            of = torch.where(buffers.adopt[self._moments.slot_of], self._moments.values, of)
+        buffers.factors.copy_(self._moments.factors(of))
 
     def pass_2(self) -> None:
         for work in self.works:
@@ -128,6 +141,10 @@ class EagerPasses:
             for tile in work.tiles:
                 view = partial(TileView, self._workspace, work, tile, c, of_axes)
                 writes.put(partial(self._stepped, view, of_work, moment_gate, weight_gate))
+
+    def write_moments(self, writes: Writes) -> None:
+        buffers = self._buffers
+        writes.put(lambda: self._moments.committed(buffers.new_moments, buffers.gates.moments))
 
     def _stepped(
         self,

@@ -104,12 +104,16 @@ class Tile:
 
 @dataclass
 class Work:
-    """Equally shaped pieces of different parameters that share their switches."""
+    """Equally shaped pieces of different parameters that share their switches.
+
+    ``rows`` says which of all shards are its own.
+    """
 
     switches: Switches
     size: Shape
     boxes: list[Box]
     shards: list[Shard]
+    rows: list[int]
     box_indices: list[int]
     slots: list[int]
     tiles: list[Tile]
@@ -125,16 +129,16 @@ class Work:
     weights: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor | None] = field(default_factory=list)
 
-    def read(self) -> None:
-        """Look up this step's weights and gradients."""
-        self.weights = self.pieces([shard.weights() for shard in self.shards])
-        gradients = [shard.gradient() for shard in self.shards]
+    def bind(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Take this step's weights and gradients from those of all shards."""
+        self.weights = self.pieces([weights[row] for row in self.rows])
+        of_shards = [gradients[row] for row in self.rows]
         if self.direct:
-            self.gradients = gradients
+            self.gradients = of_shards
         else:
             self.gradients = [
                 None if gradient is None else self._piece(shard, index, gradient)
-                for shard, index, gradient in zip(self.shards, self.box_indices, gradients, strict=True)
+                for shard, index, gradient in zip(self.shards, self.box_indices, of_shards, strict=True)
             ]
 
     def release(self) -> None:
@@ -173,7 +177,7 @@ def plan_work(
     """
     batches: dict[object, list[Work]] = {}
     works: list[Work] = []
-    for shard, slot, switch in zip(shards, slots, switches, strict=True):
+    for row, (shard, slot, switch) in enumerate(zip(shards, slots, switches, strict=True)):
         placed = moments.placed[slot]
         local = shard.weights()
         first_sample = 0
@@ -194,13 +198,14 @@ def plan_work(
             room = box.numel <= sizes.stack and box.numel * 2 <= sizes.tile
             if not (room and stack and _fits(stack[-1], slot, box.numel, sizes.tile)):
                 tiles = _tiles(box, size, samples, flat, sizes.tile, switch.slice_p)
-                stack.append(Work(switch, size, [], [], [], [], tiles, flat))
+                stack.append(Work(switch, size, [], [], [], [], [], tiles, flat))
                 works.append(stack[-1])
                 if axes is not None:
                     stack[-1].row_axis, stack[-1].col_axis = axes
             work = stack[-1]
             work.boxes.append(box)
             work.shards.append(shard)
+            work.rows.append(row)
             work.box_indices.append(box_index)
             work.slots.append(slot)
             for name in ("p0", "s"):

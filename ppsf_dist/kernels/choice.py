@@ -1,0 +1,178 @@
+"""Which backend computes which shard: native kernels where there are some, eager ones elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ppsf_dist.kernels.cpu import library
+from ppsf_dist.kernels.cpu.backend import NativeKernels
+from ppsf_dist.kernels.cpu.pieces import why_not
+from ppsf_dist.kernels.eager import EagerKernels
+from ppsf_dist.kernels.interface import Buffers, Kernels, KnownGates, Passes
+from ppsf_dist.methods.switches import Switches
+from ppsf_dist.sharding import Shard
+from ppsf_dist.state.moments import FactoredMoments
+from ppsf_dist.state.writes import Writes
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+CHOICES = ("auto", "eager", "native")
+VARIABLE = "PPSF_KERNELS"
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one backend computes.
+
+    Attributes:
+        backend: "native" or "eager".
+        why: of eager kernels, why they are not native.
+        parameters, elements: how much of this rank's shards.
+    """
+
+    backend: str
+    why: str
+    parameters: int
+    elements: int
+
+    def __str__(self) -> str:
+        reason = f" ({self.why})" if self.why else ""
+        return f"{self.backend}: {self.parameters:,} parameters, {self.elements:,} elements{reason}"
+
+
+class ChosenKernels:
+    """Implements :class:`ppsf_dist.kernels.interface.Kernels` by the backends that there are.
+
+    Raises:
+        ValueError: the environment variable ``PPSF_KERNELS`` is none of its choices.
+    """
+
+    def __init__(self) -> None:
+        self._choice = os.environ.get(VARIABLE) or "auto"
+        if self._choice not in CHOICES:
+            raise ValueError(f"{VARIABLE}={self._choice!r} in the environment must be one of {', '.join(CHOICES)}")
+        self._eager = EagerKernels()
+        self._told: set[str] = set()
+        self.uses: dict[tuple[int, ...], tuple[Use, ...]] = {}
+
+    def arithmetic(self, device: torch.device) -> str:
+        """What decides the last bit of a weight: ranks that hold copies must have the same."""
+        native, _ = self._native(device)
+        if native is None:
+            return "eager"
+        return "native" if torch.backends.cpu.get_cpu_capability() != "DEFAULT" else "native without FMA"
+
+    def _native(self, device: torch.device) -> tuple[NativeKernels | None, str]:
+        """The native kernels for a device, or why there are none."""
+        if self._choice == "eager":
+            return None, f"{VARIABLE}=eager"
+        if device.type != "cpu":
+            return None, f"device {device.type}"
+        try:
+            return NativeKernels(library.load()), ""
+        except library.Unavailable as error:
+            if self._choice == "native":
+                raise RuntimeError(f"{VARIABLE}=native, but there are no native kernels: {error}") from error
+            return None, str(error)
+
+    def prepare(
+        self,
+        shards: Sequence[Shard],
+        slots: Sequence[int],
+        switches: Sequence[Switches],
+        moments: FactoredMoments,
+        state: Mapping[Tensor, Mapping[str, Any]],
+        buffers: Buffers,
+    ) -> Passes:
+        native, missing = self._native(buffers.sums.device)
+        reasons = [
+            missing or why_not(shard, switch, state[shard.param]) or ""
+            for shard, switch in zip(shards, switches, strict=True)
+        ]
+        self._tell(shards, slots, reasons)
+        chosen: list[tuple[Kernels | None, list[int]]] = [
+            (native, [row for row, why in enumerate(reasons) if not why]),
+            (self._eager, [row for row, why in enumerate(reasons) if why]),
+        ]
+
+        def some(of: Sequence[_T], rows: Sequence[int]) -> list[_T]:
+            return [of[row] for row in rows]
+
+        parts = [
+            (
+                kernels.prepare(some(shards, rows), some(slots, rows), some(switches, rows), moments, state, buffers),
+                rows,
+            )
+            for kernels, rows in chosen
+            if kernels is not None and rows
+        ]
+        return parts[0][0] if len(parts) == 1 else TogetherPasses(parts)
+
+    def _tell(self, shards: Sequence[Shard], slots: Sequence[int], reasons: Sequence[str]) -> None:
+        """Remember what runs where, and say once for each reason that something is not native."""
+        parameters, elements = Counter(reasons), Counter[str]()
+        for shard, why in zip(shards, reasons, strict=True):
+            elements[why] += shard.numel
+        uses = tuple(
+            Use("eager" if why else "native", why, parameters[why], elements[why]) for why in sorted(parameters)
+        )
+        self.uses[tuple(slots)] = uses
+        for use in uses:
+            if use.why and use.why not in self._told:
+                self._told.add(use.why)
+                logger.info("kernels: %s", use)
+
+
+class TogetherPasses:
+    """Implements :class:`ppsf_dist.kernels.interface.Passes` by those of several backends.
+
+    Args:
+        parts: passes, and which of all shards are theirs. What belongs to no shard is done by the first.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Passes, Sequence[int]]]) -> None:
+        self._parts = parts
+        self._first = parts[0][0]
+
+    def bind(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        for passes, rows in self._parts:
+            passes.bind([weights[i] for i in rows], [gradients[i] for i in rows])
+
+    def release(self) -> None:
+        for passes, _ in self._parts:
+            passes.release()
+
+    def pass_1(self) -> None:
+        for passes, _ in self._parts:
+            passes.pass_1()
+
+    def update_moments(self) -> None:
+        self._first.update_moments()
+
+    def fill_factors(self) -> None:
+        self._first.fill_factors()
+
+    def pass_2(self) -> None:
+        for passes, _ in self._parts:
+            passes.pass_2()
+
+    def count_masks(self) -> None:
+        for passes, _ in self._parts:
+            passes.count_masks()
+
+    def write_moments(self, writes: Writes) -> None:
+        self._first.write_moments(writes)
+
+    def pass_3(self, known: KnownGates | None, writes: Writes) -> None:
+        for passes, _ in self._parts:
+            passes.pass_3(known, writes)

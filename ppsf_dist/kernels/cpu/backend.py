@@ -1,0 +1,232 @@
+"""The passes in C++: the same formulas as in ``kernels/eager``, over all shards at once.
+
+Memory is read and written by address. Addresses are looked up in every step, because a framework may have moved what
+lies there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppsf_dist.kernels.cpu.library import Library
+from ppsf_dist.kernels.cpu.pieces import LIKE_WEIGHTS, SAMPLES, Place, flags_of, pieces_of
+from ppsf_dist.kernels.cpu.tables import ADDRESSES, COEFFICIENTS, SUMS, Job, MomentsTable, Pass, Piece, PlanTable, Task
+from ppsf_dist.kernels.cpu.threads import Crew
+from ppsf_dist.kernels.interface import Buffers, KnownGates
+from ppsf_dist.methods.sums import Stat
+from ppsf_dist.methods.switches import Switches
+from ppsf_dist.sharding import Shard
+from ppsf_dist.state.moments import FactoredMoments
+from ppsf_dist.state.samples import count_in
+from ppsf_dist.state.writes import Writes
+
+State = Mapping[Tensor, Mapping[str, Any]]
+
+
+class NativeKernels:
+    """Implements :class:`ppsf_dist.kernels.interface.Kernels` for shards that ``pieces.why_not`` has nothing against.
+
+    Args:
+        library: the compiled passes.
+    """
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+
+    def prepare(
+        self,
+        shards: Sequence[Shard],
+        slots: Sequence[int],
+        switches: Sequence[Switches],
+        moments: FactoredMoments,
+        state: State,
+        buffers: Buffers,
+    ) -> NativePasses:
+        pieces: list[Piece] = []
+        for row, (shard, slot, switch) in enumerate(zip(shards, slots, switches, strict=True)):
+            flags = flags_of(shard, switch, state[shard.param], factored=moments.placed[slot] is not None)
+            element = sample = 0
+            for ordinal, box in enumerate(shard.boxes):
+                if box.numel:
+                    place = Place(row, slot, ordinal, element, sample)
+                    pieces += pieces_of(box, place, flags, switch.slice_p, moments)
+                element, sample = element + box.numel, sample + count_in(box, switch.slice_p)
+        pieces.sort(key=lambda piece: piece.round)
+        return NativePasses(self._library, shards, switches, pieces, state, moments, buffers)
+
+
+class NativePasses:
+    """Implements :class:`ppsf_dist.kernels.interface.Passes`."""
+
+    def __init__(
+        self,
+        library: Library,
+        shards: Sequence[Shard],
+        switches: Sequence[Switches],
+        pieces: Sequence[Piece],
+        state: State,
+        moments: FactoredMoments,
+        buffers: Buffers,
+    ) -> None:
+        self._library, self._shards, self._buffers = library, list(shards), buffers
+        self._pieces = (Piece * len(pieces))(*pieces)
+        self._tasks, partial = _cut(library, self._pieces)
+        self._batches = _batches(self._tasks)
+        self._partial = torch.empty(partial)
+        self._results = torch.empty(len(self._tasks), SUMS, dtype=torch.float64)
+        states = [state[shard.param] for shard in shards]
+        self._packed = [
+            torch.empty_like(of["p0"], dtype=of["z"].dtype) if {"z", "p0"} <= of.keys() else None for of in states
+        ]
+        self._of_z = [of["z"] for of in states if "z" in of]
+        self._written: list[int] | None = None
+        self._columns = [
+            *[[of.get(name) for of in states] for name in (*LIKE_WEIGHTS, *SAMPLES)],
+            self._packed,
+        ]
+        self._addresses = array("q", bytes(8 * len(ADDRESSES) * len(shards)))
+        self._held: list[Tensor] = []
+        self._weights: list[Tensor] = []
+        self._norms = any(switch.needs_norms for switch in switches)
+        self._masks = any(switch.counts_mask_late for switch in switches)
+        self._plan, self._moments = self._table(), _moments_table(moments, buffers)
+        self._crew = Crew(library, self._plan)
+        self._write: Job | None = None
+
+    def _table(self) -> PlanTable:
+        buffers, coefficients = self._buffers, self._buffers.coefficients
+        rows = [coefficients.names.index(name) if name in coefficients.names else -1 for name in COEFFICIENTS]
+        return PlanTable(
+            pieces=self._pieces,
+            tasks=self._tasks,
+            addresses=self._addresses.buffer_info()[0],
+            coefficients=coefficients.table.data_ptr(),
+            slots=coefficients.table.shape[1],
+            rows=(ctypes.c_int64 * len(rows))(*rows),
+            factors=buffers.factors.data_ptr(),
+            scales=buffers.scales.data_ptr(),
+            keys=buffers.keys.data_ptr(),
+            moments_gate=buffers.gates.moments.data_ptr(),
+            weights_gate=buffers.gates.weights.data_ptr(),
+            sums=buffers.sums.data_ptr(),
+            stats=buffers.stats.data_ptr(),
+            stat_columns=buffers.stats.shape[1],
+            masks=0 if buffers.masks is None else buffers.masks.data_ptr(),
+            partial=self._partial.data_ptr(),
+            results=self._results.data_ptr(),
+        )
+
+    def bind(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        self._crew.wait()
+        self._write, self._weights = None, list(weights)
+        # Whoever drops a gradient in the middle of a step does not free what the passes read.
+        self._held = [_plain(g, w) for g, w in zip(gradients, weights, strict=True) if g is not None]
+        held = iter(self._held)
+        here = [None if gradient is None else next(held) for gradient in gradients]
+        for column, tensors in enumerate((weights, here, *self._columns)):
+            self._addresses[column :: len(ADDRESSES)] = array("q", map(_address, tensors))
+        self._keep_packed()
+
+    def _keep_packed(self) -> None:
+        """Pack the samples of z again if anybody else has written to it."""
+        if not any(packed is not None for packed in self._packed):
+            return
+        written = [z._version for z in self._of_z]
+        if written != self._written or not self._library.is_packed(self._plan, len(self._tasks)):
+            self._library.pack(self._plan, len(self._tasks))
+            self._written = written
+
+    def release(self) -> None:
+        self._crew.wait()
+        self._held = []
+
+    def pass_1(self) -> None:
+        for first, last in self._batches:
+            self._crew.finish(Pass.SUMS_OF_SQUARES, Job(first, last, 0))
+            self._library.add_partial(self._plan, first, last)
+        self._add_results(masks=False)
+
+    def pass_2(self) -> None:
+        if self._norms:
+            self._crew.finish(Pass.NORMS, Job(0, len(self._tasks), 0))
+            self._add_results(masks=False)
+
+    def count_masks(self) -> None:
+        if self._masks:
+            self._crew.finish(Pass.MASKS, Job(0, len(self._tasks), 0))
+            self._add_results(masks=True)
+
+    def _add_results(self, *, masks: bool) -> None:
+        self._library.add_results(self._plan, len(self._tasks), int(Stat.LARGEST_SQUARE), int(masks))
+
+    def update_moments(self) -> None:
+        self._library.update_moments(self._plan, self._moments)
+
+    def fill_factors(self) -> None:
+        self._library.fill_factors(self._plan, self._moments)
+
+    def write_moments(self, writes: Writes) -> None:
+        self._library.write_moments(self._plan, self._moments)
+
+    def pass_3(self, known: KnownGates | None, writes: Writes) -> None:
+        # One job for the whole step: called again it does what is left.
+        self._write = self._write or Job(0, len(self._tasks), 0)
+        self._crew.finish(Pass.WRITE, self._write)
+        # As torch's own writes do: autograd refuses a backward pass through weights that are no longer there.
+        torch.autograd.graph.increment_version(self._weights)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _plain(gradient: Tensor, weights: Tensor) -> Tensor:
+    """A gradient as the passes read it."""
+    if gradient.dtype == weights.dtype and gradient.is_contiguous():
+        return gradient
+    return gradient.to(weights.dtype).contiguous()
+
+
+def _moments_table(moments: FactoredMoments, buffers: Buffers) -> MomentsTable:
+    means = torch.empty(len(moments.lengths))
+    table = MomentsTable(
+        count=len(moments),
+        values=moments.values.data_ptr(),
+        after=buffers.new_moments.data_ptr(),
+        slot_of=moments.slot_of.data_ptr(),
+        inverse_n=moments.inverse_n.data_ptr(),
+        in_bf16=_address(moments.in_bf16),
+        adopt=_address(buffers.adopt),
+        rows=len(moments.rows),
+        row=moments.rows.data_ptr(),
+        own_mean=moments.own_mean.data_ptr(),
+        cell_of=moments.cell_of.data_ptr(),
+        cells=len(moments.lengths),
+        ordered=moments.ordered.data_ptr(),
+        lengths=moments.lengths.data_ptr(),
+        means=means.data_ptr(),
+    )
+    # They live as long as the table.
+    table.held = (moments, means)
+    return table
+
+
+def _cut(library: Library, pieces: ctypes.Array[Piece]) -> tuple[ctypes.Array[Task], int]:
+    """The tasks of all pieces, and how many floats of partial sums they need."""
+    partial = ctypes.c_int64()
+    count = library.cut(pieces, len(pieces), None, 0, partial)
+    tasks = (Task * count)()
+    library.cut(pieces, len(pieces), tasks, count, partial)
+    return tasks, partial.value
+
+
+def _batches(tasks: ctypes.Array[Task]) -> list[tuple[int, int]]:
+    """First and last task of each batch."""
+    firsts = [i for i, task in enumerate(tasks) if i == 0 or task.batch != tasks[i - 1].batch]
+    return list(zip(firsts, [*firsts[1:], len(tasks)], strict=True))

@@ -1,0 +1,267 @@
+// The formulas on a block: consecutive elements of one parameter, few enough for the first-level cache. In the order of
+// operations of ppsf_dist/kernels/eager/tile.py and passes.py, so that the bits agree.
+#pragma once
+#include "element.h"
+#include "plan.h"
+
+namespace ppsf {
+
+constexpr int64_t BLOCK = 1024;
+
+// Once in the library, whoever calls it: it compiles in a second.
+#define APART __attribute__((noinline)) static
+
+alignas(64) const float ZEROS[BLOCK] = {};
+
+// The numbers of the parameter that a piece belongs to.
+struct Numbers {
+    float of[COEFFICIENTS];
+    float amount, mask, advance;
+    uint32_t key;
+};
+
+struct Block {
+    int64_t at;       // first element, within the piece
+    int64_t n;
+    int64_t index;    // of the first element in the flattened parameter
+    int64_t sample;   // where its first sample stands among the piece's
+    int64_t phase, count;  // its first sampled element, and how many there are
+    float across;     // across * along[j] is the root of the factored second moment
+    const float* along;
+};
+
+// Where a piece lies.
+template <class T>
+struct Memory {
+    T *y, *z, *m, *v;
+    const T* g;
+    const void* p0;
+    void* s;
+    T* packed;
+
+    const T* gradient(int64_t at) const { return g ? g + at : reinterpret_cast<const T*>(ZEROS); }
+};
+
+// The elements of a block, as floats: where they lie, or copies.
+struct Floats {
+    const float *g, *y, *z, *m, *v;
+    alignas(64) float copies[5][BLOCK];
+};
+
+template <class T>
+inline const float* floats(const T* from, int64_t n, float* beside) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+        return from;
+    } else {
+        for (int64_t j = 0; j < n; j++) beside[j] = load(from[j]);
+        return beside;
+    }
+}
+
+// What a step reads of a block; only the gradient, and the weights where they are added to it, without `all`.
+template <class T>
+void load_block(const Piece& piece, const Numbers& c, const Memory<T>& memory, const Block& b, bool all, Floats& f) {
+    auto of = [&](const T* from, int which) { return from ? floats(from + b.at, b.n, f.copies[which]) : nullptr; };
+    f.g = floats(memory.gradient(b.at), b.n, f.copies[0]);
+    f.y = all || (piece.flags & COUPLED_DECAY) ? of(memory.y, 1) : nullptr;
+    if (piece.flags & COUPLED_DECAY) {
+        for (int64_t j = 0; j < b.n; j++) f.copies[0][j] = f.y[j] * c.of[WEIGHT_DECAY] + f.g[j];
+        f.g = f.copies[0];
+    }
+    f.z = all ? of(memory.z, 2) : nullptr, f.m = of(memory.m, 3), f.v = of(memory.v, 4);
+}
+
+// beta * old + weight * x, rounded as it is stored: once, or twice in 16 bits.
+inline float ema(float old, float beta, float weight, float x, bool half) {
+    return half ? as_bf16(as_bf16(old * beta) + x * weight) : old * beta + x * weight;
+}
+
+// What a step makes of a block beside the weights: the direction in units of gain, and the moments after it.
+struct Direction {
+    alignas(64) float u[BLOCK], m[BLOCK], v[BLOCK];
+};
+
+inline void momentum(const Piece& piece, const Numbers& c, const Floats& f, int64_t n, float* after) {
+    const bool half = piece.flags & WEIGHTS_IN_BF16;
+    for (int64_t j = 0; j < n; j++) after[j] = ema(f.m[j], c.of[BETA1], c.of[MOMENTUM_WEIGHT], f.g[j], half);
+}
+
+inline float sign(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : 0.0f; }
+
+APART void direction(const Piece& piece, const Numbers& c, const Floats& f, const Block& b, Direction& d) {
+    const int64_t flags = piece.flags, n = b.n;
+    const float* g = f.g;
+    if (!(flags & SECOND_MOMENT)) {
+        for (int64_t j = 0; j < n; j++) d.u[j] = g[j];
+        return;
+    }
+    if (flags & FACTORED) {
+        for (int64_t j = 0; j < n; j++) d.u[j] = b.across * b.along[j];
+    } else {
+        const bool half = flags & WEIGHTS_IN_BF16;
+        for (int64_t j = 0; j < n; j++) d.v[j] = ema(f.v[j], c.of[BETA2], c.of[SQUARE_WEIGHT], g[j] * g[j], half);
+        for (int64_t j = 0; j < n; j++) {
+            const float root = __builtin_sqrtf(d.v[j]);
+            d.u[j] = half ? as_bf16(root) : root;
+        }
+        if (flags & SGD_PHASE)
+            for (int64_t j = 0; j < n; j++) d.u[j] *= c.of[ROOT];
+    }
+    alignas(64) float numerator[BLOCK];
+    if (!(flags & SCHEDULEFREE) && (flags & MOMENTUM)) {
+        momentum(piece, c, f, n, d.m);
+        for (int64_t j = 0; j < n; j++)
+            numerator[j] = flags & CAUTIOUS ? d.m[j] * (g[j] * d.m[j] > 0 ? 1.0f : 0.0f)
+                           : flags & GRAMS  ? sign(g[j]) * __builtin_fabsf(d.m[j])
+                                            : d.m[j];
+    } else {
+        for (int64_t j = 0; j < n; j++) numerator[j] = flags & ATAN2 ? g[j] * c.of[D] : g[j];
+    }
+    if (flags & ATAN2)
+        for (int64_t j = 0; j < n; j++) d.u[j] = scaled_atan2(numerator[j], d.u[j]);
+    else
+        for (int64_t j = 0; j < n; j++) d.u[j] = numerator[j] / (d.u[j] + c.of[D_EPS]);
+}
+
+// The direction with StableAdamW, the early mask and the weight decay of Schedule-Free.
+APART void finish(const Piece& piece, const Numbers& c, const float* y, int64_t n, float* u) {
+    for (int64_t j = 0; j < n; j++) u[j] *= c.amount;
+    constexpr int64_t adds = SCHEDULEFREE | DECAYS | DECAYS_BY_LR;
+    if ((piece.flags & adds) == adds)
+        for (int64_t j = 0; j < n; j++) u[j] += y[j] * c.of[WEIGHT_DECAY];
+}
+
+// The step of y, to be subtracted, under the Schedule-Free forms of cautious and Grams.
+APART void masked_step(const Numbers& c, const float* u, const float* y, const float* z, int64_t n, float* step) {
+    const float share = c.of[Q] * c.of[DELTA];
+    for (int64_t j = 0; j < n; j++) step[j] = (y[j] - z[j]) * c.of[AVERAGE] + u[j] * share;
+}
+
+// torch.lerp.
+inline float lerp(float from, float to, float weight) {
+    return weight < 0.5f ? fused(weight, to - from, from) : fused(weight - 1, to - from, to);
+}
+
+// y and z after a step along u.
+APART void move(const Piece& piece, const Numbers& c, const float* y, const float* z, int64_t n, float* u, float* new_y, float* new_z) {
+    const int64_t flags = piece.flags;
+    const float delta = c.of[DELTA], q = c.of[Q];
+    const bool decays_apart = (flags & DECAYS) && !(flags & DECAYS_BY_LR);
+    if (!(flags & SCHEDULEFREE)) {
+        finish(piece, c, y, n, u);
+        const float keep = c.of[KEEP];
+        if (flags & DECAYS)
+            for (int64_t j = 0; j < n; j++) new_y[j] = y[j] * keep - u[j] * delta;
+        else
+            for (int64_t j = 0; j < n; j++) new_y[j] = y[j] - u[j] * delta;
+        return;
+    }
+    if (flags & (CAUTIOUS | GRAMS)) {
+        alignas(64) float step[BLOCK];
+        finish(piece, c, y, n, u);
+        masked_step(c, u, y, z, n, step);
+        if (flags & CAUTIOUS)
+            for (int64_t j = 0; j < n; j++) new_y[j] = y[j] - step[j] * (u[j] * step[j] > 0 ? 1.0f : 0.0f) * c.mask;
+        else
+            for (int64_t j = 0; j < n; j++)
+                new_y[j] = y[j] - __builtin_fabsf(step[j]) * sign(u[j]);
+        for (int64_t j = 0; j < n; j++) u[j] *= delta;
+    } else {
+        if (flags & DECAYS) {
+            finish(piece, c, y, n, u);
+            for (int64_t j = 0; j < n; j++) u[j] *= delta;
+        } else {
+            for (int64_t j = 0; j < n; j++) u[j] *= c.advance;
+        }
+        for (int64_t j = 0; j < n; j++) new_y[j] = lerp(y[j], z[j], c.of[AVERAGE]) - u[j] * q;
+    }
+    for (int64_t j = 0; j < n; j++) new_z[j] = z[j] - u[j];
+    if (decays_apart) {
+        const float decay = c.of[WEIGHT_DECAY], share = decay * q;
+        for (int64_t j = 0; j < n; j++) {
+            new_z[j] -= y[j] * decay;
+            new_y[j] -= y[j] * share;
+        }
+    }
+}
+
+// The samples of a block, gathered.
+struct Samples {
+    alignas(64) float g[BLOCK], point[BLOCK], p0[BLOCK], s[BLOCK];
+};
+
+template <int64_t STEP, class A>
+inline void gather(const A* from, int64_t count, A* to) {
+    for (int64_t m = 0; m < count; m++) to[m] = from[m * STEP];
+}
+
+// The sampled elements of a block, as floats.
+template <class A>
+inline void gather(const A* from, const Block& b, int64_t slice_p, float* to) {
+    alignas(64) A beside[BLOCK];
+    from += b.phase;
+    if (slice_p == 11) gather<11>(from, b.count, beside);
+    else
+        for (int64_t m = 0; m < b.count; m++) beside[m] = from[m * slice_p];
+    for (int64_t m = 0; m < b.count; m++) to[m] = load(beside[m]);
+}
+
+// Samples that are stored one after the other, in one dtype or the other.
+APART void load_samples(const void* from, bool half, int64_t at, int64_t count, float* to) {
+    if (half)
+        for (int64_t m = 0; m < count; m++) to[m] = load(static_cast<const bf16*>(from)[at + m]);
+    else
+        for (int64_t m = 0; m < count; m++) to[m] = static_cast<const float*>(from)[at + m];
+}
+
+// Prodigy's s after this step, in place.
+APART void gradient_sum(const Piece& piece, const Numbers& c, const float* g, int64_t count, float* s) {
+    constexpr int64_t both = WEIGHTS_IN_BF16 | S_IN_BF16;
+    // Where both have it, torch rounds the weight to their dtype.
+    const float beta3 = c.of[BETA3], weight = (piece.flags & both) == both ? as_bf16(c.of[S_WEIGHT]) : c.of[S_WEIGHT];
+    if (piece.flags & S_IN_BF16)
+        for (int64_t m = 0; m < count; m++) s[m] = ema(s[m], beta3, weight, g[m], true);
+    else
+        for (int64_t m = 0; m < count; m++) s[m] = ema(s[m], beta3, weight, g[m], false);
+}
+
+APART void sample_sums(const Piece& piece, const Numbers& c, Samples& of, int64_t count, double* sums) {
+    constexpr int64_t both = WEIGHTS_IN_BF16 | P0_IN_BF16;
+    const bool rounds = (piece.flags & both) == both;
+    alignas(64) float difference[BLOCK];
+    double dot = 0, l1 = 0, square = 0;
+    for (int64_t m = 0; m < count; m++) difference[m] = of.p0[m] - of.point[m];
+    if (rounds)
+        for (int64_t m = 0; m < count; m++) difference[m] = as_bf16(difference[m]);
+#pragma omp simd reduction(+ : dot)
+    for (int64_t m = 0; m < count; m++) dot += double(of.g[m] * difference[m]);
+    sums[DOT] += dot;
+    if (piece.flags & SPEED) {
+        for (int64_t m = 0; m < count; m++) {
+            l1 += double(__builtin_fabsf(difference[m]));
+            square += double(difference[m] * difference[m]);
+        }
+        sums[DELTA_L1] += l1;
+        sums[DELTA_SQUARE] += square;
+    } else {
+        gradient_sum(piece, c, of.g, count, of.s);
+        // Nothing cancels here.
+        float of_block = 0;
+#pragma omp simd reduction(+ : of_block)
+        for (int64_t m = 0; m < count; m++) of_block += __builtin_fabsf(of.s[m]);
+        sums[S_L1] += double(of_block);
+    }
+}
+
+APART void update_s(const Piece& piece, const Numbers& c, const float* g, const Block& b, void* s) {
+    alignas(64) float after[BLOCK];
+    const bool half = piece.flags & S_IN_BF16;
+    load_samples(s, half, b.sample, b.count, after);
+    gradient_sum(piece, c, g, b.count, after);
+    if (half)
+        for (int64_t m = 0; m < b.count; m++) static_cast<bf16*>(s)[b.sample + m] = bf16(bits_of(after[m]) >> 16);
+    else
+        for (int64_t m = 0; m < b.count; m++) static_cast<float*>(s)[b.sample + m] = after[m];
+}
+
+}  // namespace ppsf

@@ -1,0 +1,73 @@
+// One element: how it is stored, and how a stored element is rounded. Same bits as ppsf_dist/algorithm/rounding.py.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+namespace ppsf {
+
+using bf16 = uint16_t;
+
+inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+inline float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+inline float load(float x) { return x; }
+inline float load(bf16 x) { return float_of(uint32_t(x) << 16); }
+
+// To nearest, ties to even, as torch rounds.
+inline bf16 nearest(float x) {
+    const uint32_t bits = bits_of(x);
+    return x != x ? bf16(0x7fc0) : bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float as_bf16(float x) { return load(nearest(x)); }
+
+inline uint32_t mix(uint32_t x) {
+    x = (x ^ (x >> 16)) * 0x21F0AAADu;
+    x = (x ^ (x >> 15)) * 0xD35A2D97u;
+    return x ^ (x >> 15);
+}
+
+// Up with the probability that makes the expectation x. From the largest number of bf16 on nothing is added: infinities
+// and NaN stay what they are, and a finite x stays finite.
+inline bf16 stochastic(float x, uint32_t sixteen_bits) {
+    const uint32_t bits = bits_of(x);
+    const uint32_t added = int32_t(bits & 0x7fffffff) < 0x7f7f0000 ? sixteen_bits : 0;
+    return bf16((bits + added) >> 16);
+}
+
+inline void store(float* at, float x) { *at = x; }
+inline void store(bf16* at, float x) { *at = nearest(x); }
+
+// a * b + c, rounded once where torch's kernels for this instruction set do so.
+inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+// 4/pi atan2(a, b) for b >= 0, in fp64, so that one rounding remains.
+inline float scaled_atan2(float a, float b) {
+    const double tan_of_eighth = 0.41421356237309503, quarter_pi = 0.78539816339744831;
+    const double size = a < 0 ? -double(a) : double(a), low = size < b ? size : b, high = size < b ? b : size;
+    const double ratio = low / (high > 0 ? high : 1.0);
+    const bool folds = ratio > tan_of_eighth;
+    const double t = folds ? (ratio - 1) / (ratio + 1) : ratio, square = t * t;
+    double series = 0;
+    for (int k = 12; k >= 0; k--) series = (k % 2 ? -1.0 : 1.0) / (2 * k + 1) + square * series;
+    double angle = t * series + (folds ? quarter_pi : 0.0);
+    angle = size > b ? 2 * quarter_pi - angle : angle;
+    return float(a < 0 ? -angle : angle) * 1.2732395f;
+}
+
+}  // namespace ppsf
