@@ -73,7 +73,7 @@ void load_block(const Piece& piece, const Numbers& c, const Memory<T>& memory, c
 
 // beta * old + weight * x, rounded as it is stored: once, or twice in 16 bits.
 inline float ema(float old, float beta, float weight, float x, bool half) {
-    return half ? as_bf16(as_bf16(old * beta) + x * weight) : old * beta + x * weight;
+    return half ? as_bf16(as_bf16(old * beta) + x * weight) : fused(x, weight, old * beta);
 }
 
 // What a step makes of a block beside the weights: the direction in units of gain, and the moments after it.
@@ -128,13 +128,13 @@ APART void finish(const Piece& piece, const Numbers& c, const float* y, int64_t 
     for (int64_t j = 0; j < n; j++) u[j] *= c.amount;
     constexpr int64_t adds = SCHEDULEFREE | DECAYS | DECAYS_BY_LR;
     if ((piece.flags & adds) == adds)
-        for (int64_t j = 0; j < n; j++) u[j] += y[j] * c.of[WEIGHT_DECAY];
+        for (int64_t j = 0; j < n; j++) u[j] = fused(y[j], c.of[WEIGHT_DECAY], u[j]);
 }
 
 // The step of y, to be subtracted, under the Schedule-Free forms of cautious and Grams.
 APART void masked_step(const Numbers& c, const float* u, const float* y, const float* z, int64_t n, float* step) {
     const float share = c.of[Q] * c.of[DELTA];
-    for (int64_t j = 0; j < n; j++) step[j] = (y[j] - z[j]) * c.of[AVERAGE] + u[j] * share;
+    for (int64_t j = 0; j < n; j++) step[j] = fused(u[j], share, (y[j] - z[j]) * c.of[AVERAGE]);
 }
 
 // torch.lerp.
@@ -173,14 +173,14 @@ APART void move(const Piece& piece, const Numbers& c, const float* y, const floa
         } else {
             for (int64_t j = 0; j < n; j++) u[j] *= c.advance;
         }
-        for (int64_t j = 0; j < n; j++) new_y[j] = lerp(y[j], z[j], c.of[AVERAGE]) - u[j] * q;
+        for (int64_t j = 0; j < n; j++) new_y[j] = fused(-u[j], q, lerp(y[j], z[j], c.of[AVERAGE]));
     }
     for (int64_t j = 0; j < n; j++) new_z[j] = z[j] - u[j];
     if (decays_apart) {
         const float decay = c.of[WEIGHT_DECAY], share = decay * q;
         for (int64_t j = 0; j < n; j++) {
-            new_z[j] -= y[j] * decay;
-            new_y[j] -= y[j] * share;
+            new_z[j] = fused(-y[j], decay, new_z[j]);
+            new_y[j] = fused(-y[j], share, new_y[j]);
         }
     }
 }
@@ -220,9 +220,9 @@ APART void gradient_sum(const Piece& piece, const Numbers& c, const float* g, in
     // Where both have it, torch rounds the weight to their dtype.
     const float beta3 = c.of[BETA3], weight = (piece.flags & both) == both ? as_bf16(c.of[S_WEIGHT]) : c.of[S_WEIGHT];
     if (piece.flags & S_IN_BF16)
-        for (int64_t m = 0; m < count; m++) s[m] = ema(s[m], beta3, weight, g[m], true);
+        for (int64_t m = 0; m < count; m++) s[m] = as_bf16(as_bf16(s[m] * beta3) + g[m] * weight);
     else
-        for (int64_t m = 0; m < count; m++) s[m] = ema(s[m], beta3, weight, g[m], false);
+        for (int64_t m = 0; m < count; m++) s[m] = s[m] * beta3 + g[m] * weight;
 }
 
 APART void sample_sums(const Piece& piece, const Numbers& c, Samples& of, int64_t count, double* sums) {

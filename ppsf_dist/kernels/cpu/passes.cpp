@@ -415,7 +415,7 @@ struct Common {
 
     void move(float g, float along, float& y, float& z) const {
         const float v = g / (across * along + eps) * advance;
-        y = fused(weight, z - y, from_y ? y : z) - v * q;
+        y = fused(-v, q, fused(weight, z - y, from_y ? y : z));
         z = z - v;
     }
 };
