@@ -15,11 +15,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.sets import SETS
 from ppsf_dist import ProdigyPlusScheduleFree, clip_grad_norm_
 from ppsf_dist.engine.host import PendingCopy
 from tests.harness.models import NamedShapes, named_shapes
 from tests.rotation import rotated
-from tests.step_time import SETS
 from tests.switches import EVERY, Switch
 
 DEVICE = torch.device("meta")

@@ -6,7 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -38,16 +38,32 @@ class Use:
         backend: "native" or "eager".
         why: of eager kernels, why they are not native.
         parameters, elements: how much of this rank's shards.
+        kept: bytes that the backend keeps from step to step, beside the optimizer's state.
     """
 
     backend: str
     why: str
     parameters: int
     elements: int
+    kept: int
+
+    def together(self, other: Use) -> Use:
+        """Both, of two plans."""
+        return replace(
+            self,
+            parameters=self.parameters + other.parameters,
+            elements=self.elements + other.elements,
+            kept=self.kept + other.kept,
+        )
 
     def __str__(self) -> str:
-        reason = f" ({self.why})" if self.why else ""
-        return f"{self.backend}: {self.parameters:,} parameters, {self.elements:,} elements{reason}"
+        more = "; ".join(
+            [
+                *([self.why] if self.why else []),
+                *([f"{self.kept / 2**20:.1f} MB beside the state"] if self.kept else []),
+            ]
+        )
+        return f"{self.backend}: {self.parameters:,} parameters, {self.elements:,} elements{more and f' ({more})'}"
 
 
 class ChosenKernels:
@@ -63,7 +79,6 @@ class ChosenKernels:
             raise ValueError(f"{VARIABLE}={self._choice!r} in the environment must be one of {', '.join(CHOICES)}")
         self._eager = EagerKernels()
         self._told: set[str] = set()
-        self.uses: dict[tuple[int, ...], tuple[Use, ...]] = {}
 
     def arithmetic(self, device: torch.device) -> str:
         """What decides the last bit of a weight: ranks that hold copies must have the same."""
@@ -93,13 +108,12 @@ class ChosenKernels:
         moments: FactoredMoments,
         state: Mapping[Tensor, Mapping[str, Any]],
         buffers: Buffers,
-    ) -> Passes:
+    ) -> ChosenPasses:
         native, missing = self._native(buffers.sums.device)
         reasons = [
             missing or why_not(shard, switch, state[shard.param]) or ""
             for shard, switch in zip(shards, switches, strict=True)
         ]
-        self._tell(shards, slots, reasons)
         chosen: list[tuple[Kernels | None, list[int]]] = [
             (native, [row for row, why in enumerate(reasons) if not why]),
             (self._eager, [row for row, why in enumerate(reasons) if why]),
@@ -108,41 +122,48 @@ class ChosenKernels:
         def some(of: Sequence[_T], rows: Sequence[int]) -> list[_T]:
             return [of[row] for row in rows]
 
-        parts = [
-            (
-                kernels.prepare(some(shards, rows), some(slots, rows), some(switches, rows), moments, state, buffers),
-                rows,
-            )
-            for kernels, rows in chosen
-            if kernels is not None and rows
-        ]
-        return parts[0][0] if len(parts) == 1 else TogetherPasses(parts)
+        parts: list[tuple[Passes, Sequence[int]]] = []
+        for kernels, rows in chosen:
+            if kernels is not None and rows:
+                of_rows = some(shards, rows), some(slots, rows), some(switches, rows)
+                parts.append((kernels.prepare(*of_rows, moments, state, buffers), rows))
+        uses = _uses(shards, reasons, kept=sum(passes.kept for passes, _ in parts))
+        self._tell(uses)
+        return ChosenPasses(parts, uses)
 
-    def _tell(self, shards: Sequence[Shard], slots: Sequence[int], reasons: Sequence[str]) -> None:
-        """Remember what runs where, and say once for each reason that something is not native."""
-        parameters, elements = Counter(reasons), Counter[str]()
-        for shard, why in zip(shards, reasons, strict=True):
-            elements[why] += shard.numel
-        uses = tuple(
-            Use("eager" if why else "native", why, parameters[why], elements[why]) for why in sorted(parameters)
-        )
-        self.uses[tuple(slots)] = uses
+    def _tell(self, uses: Sequence[Use]) -> None:
+        """Say once for each reason that something is not native."""
         for use in uses:
             if use.why and use.why not in self._told:
                 self._told.add(use.why)
                 logger.info("kernels: %s", use)
 
 
-class TogetherPasses:
+def _uses(shards: Sequence[Shard], reasons: Sequence[str], *, kept: int) -> tuple[Use, ...]:
+    parameters, elements = Counter(reasons), Counter[str]()
+    for shard, why in zip(shards, reasons, strict=True):
+        elements[why] += shard.numel
+    return tuple(
+        Use("eager" if why else "native", why, parameters[why], elements[why], 0 if why else kept)
+        for why in sorted(parameters)
+    )
+
+
+class ChosenPasses:
     """Implements :class:`ppsf_dist.kernels.interface.Passes` by those of several backends.
 
     Args:
         parts: passes, and which of all shards are theirs. What belongs to no shard is done by the first.
+        uses: what they compute.
     """
 
-    def __init__(self, parts: Sequence[tuple[Passes, Sequence[int]]]) -> None:
-        self._parts = parts
+    def __init__(self, parts: Sequence[tuple[Passes, Sequence[int]]], uses: tuple[Use, ...]) -> None:
+        self._parts, self.uses = parts, uses
         self._first = parts[0][0]
+
+    @property
+    def kept(self) -> int:
+        return sum(passes.kept for passes, _ in self._parts)
 
     def bind(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         for passes, rows in self._parts:

@@ -95,6 +95,10 @@ class Buffers:
 class Passes(Protocol):
     """What a backend has prepared for one plan: the passes over everything in it. 1 and 2 only read; 3 writes."""
 
+    @property
+    def kept(self) -> int:
+        """Bytes that are kept from step to step, beside state and buffers."""
+
     def bind(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """Take this step's tensors, which a framework may have replaced since the last.
 

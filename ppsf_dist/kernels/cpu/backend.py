@@ -122,6 +122,11 @@ class NativePasses:
             results=self._results.data_ptr(),
         )
 
+    @property
+    def kept(self) -> int:
+        tensors = [self._partial, self._results, *[packed for packed in self._packed if packed is not None]]
+        return sum(tensor.nbytes for tensor in tensors) + ctypes.sizeof(self._pieces) + ctypes.sizeof(self._tasks)
+
     def bind(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         self._crew.wait()
         self._write, self._weights = None, list(weights)

@@ -49,6 +49,10 @@ class EagerPasses:
     def __init__(self, workspace: Workspace, works: Sequence[Work], moments: FactoredMoments, buffers: Buffers) -> None:
         self._workspace, self.works, self._moments, self._buffers = workspace, works, moments, buffers
 
+    @property
+    def kept(self) -> int:
+        return 0
+
     def bind(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         for work in self.works:
             work.bind(weights, gradients)

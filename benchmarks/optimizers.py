@@ -1,0 +1,100 @@
+"""What is measured: ours, the reference implementations, and torch's own."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+import ppsf_dist
+from ppsf_dist.kernels.choice import VARIABLE
+
+Build = Callable[[list[nn.Parameter]], Any]
+
+BASELINE = "AdamW fused"
+OURS = "ppsf_dist"
+
+
+@contextlib.contextmanager
+def kernels(choice: str) -> Iterator[None]:
+    """Let optimizers that are built in here use certain kernels (``PPSF_KERNELS``)."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = choice
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE)
+        if before is not None:
+            os.environ[VARIABLE] = before
+
+
+def _ours(choice: str = "auto", name: str = "ProdigyPlusScheduleFree", **arguments: Any) -> Build:
+    def build(params: list[nn.Parameter]) -> Any:
+        with kernels(choice):
+            return getattr(ppsf_dist, name)(params, **arguments)
+
+    return build
+
+
+def _reference(params: list[nn.Parameter]) -> Any:
+    from prodigyplus.prodigy_plus_schedulefree import ProdigyPlusScheduleFree
+
+    return ProdigyPlusScheduleFree(params)
+
+
+def _prodigy(slice_p: int) -> Build:
+    def build(params: list[nn.Parameter]) -> Any:
+        from prodigyopt import Prodigy
+
+        return Prodigy(params, slice_p=slice_p)
+
+    return build
+
+
+def _schedulefree(params: list[nn.Parameter]) -> Any:
+    from schedulefree import AdamWScheduleFree
+
+    optimizer = AdamWScheduleFree(params)
+    optimizer.train()
+    return optimizer
+
+
+def _deepspeed(params: list[nn.Parameter]) -> Any:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(params)
+
+
+OPTIMIZERS: dict[str, Build] = {
+    BASELINE: lambda params: torch.optim.AdamW(params, fused=True),
+    OURS: _ours(),
+    "ppsf_dist eager": _ours("eager"),
+    "ppsf_dist speed": _ours(use_speed=True),
+    "ppsf_dist unfactored": _ours(factored=False),
+    "ppsf_dist momentum": _ours(use_schedulefree=False),
+    "ppsf_dist Prodigy": _ours(name="Prodigy", slice_p=11),
+    "ppsf_dist AdamWScheduleFree": _ours(name="AdamWScheduleFree"),
+    "ppsf_dist SGDScheduleFree": _ours(name="SGDScheduleFree"),
+    "prodigy-plus-schedule-free": _reference,
+    "prodigyopt slice_p=1": _prodigy(1),
+    "prodigyopt slice_p=11": _prodigy(11),
+    "schedulefree AdamW": _schedulefree,
+    "AdamW foreach": lambda params: torch.optim.AdamW(params, foreach=True),
+    "AdamW for-loop": lambda params: torch.optim.AdamW(params, foreach=False),
+    "Adafactor": lambda params: torch.optim.Adafactor(params),
+    "DeepSpeedCPUAdam": _deepspeed,
+}
+"""By the names that tables and ``--optimizers`` use."""
+
+
+def build(name: str, params: list[nn.Parameter]) -> Any:
+    """An optimizer of that name. What it prints and warns of is not shown."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return OPTIMIZERS[name](params)

@@ -1,0 +1,57 @@
+"""Sets of parameters as people train them, and their gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+Shapes = list[tuple[int, ...]]
+
+RANK = 16
+WIDTHS = (1024, 2048, 3072, 4096)
+"""Of the adapters in the set "lora"."""
+
+
+def _gpt2() -> Shapes:
+    """The 148 tensors of GPT-2 small, 124 million elements."""
+    d = 768
+    block: Shapes = [(d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
+    return [(50257, d), (1024, d), *block * 12, (d,), (d,)]
+
+
+def _llama() -> Shapes:
+    """One layer of a model of 7 billion elements, 202 million of them."""
+    d, hidden = 4096, 11008
+    return [*[(d, d)] * 4, (hidden, d), (hidden, d), (d, hidden), (d,), (d,)]
+
+
+SETS: dict[str, Shapes] = {
+    "gpt2": _gpt2(),
+    "llama": _llama(),
+    "mat4k": [(4096, 4096)],
+    # Both halves of each adapter: A maps to the rank of 16, B from it and starts at zero.
+    "lora": [*[(RANK, n) for n in WIDTHS], *[(n, RANK) for n in WIDTHS]] * 125,
+    "tiny": [(16, 64)] * 500,
+}
+
+
+def starts_at_zero(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of a set is the B of an adapter."""
+    return name == "lora" and shape[1] == RANK
+
+
+def elements(name: str) -> int:
+    """How many a set has."""
+    return sum(torch.Size(shape).numel() for shape in SETS[name])
+
+
+def parameters(name: str, dtype: torch.dtype, device: str) -> list[nn.Parameter]:
+    """The parameters of a set, with gradients, the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for shape in SETS[name]:
+        scale = 0.0 if starts_at_zero(name, shape) else 0.02
+        made.append(nn.Parameter(torch.randn(shape, generator=generator).mul_(scale).to(device, dtype)))
+    for p in made:
+        p.grad = torch.randn(p.shape, generator=generator).mul_(0.01).to(device, dtype)
+    return made
