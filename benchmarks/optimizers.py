@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 import ppsf_dist
-from ppsf_dist.kernels.choice import VARIABLE
+from tests.harness.kernels import kernels
 
 Build = Callable[[list[nn.Parameter]], Any]
 
 BASELINE = "AdamW fused"
 OURS = "ppsf_dist"
-
-
-@contextlib.contextmanager
-def kernels(choice: str) -> Iterator[None]:
-    """Let optimizers that are built in here use certain kernels (``PPSF_KERNELS``)."""
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = choice
-    try:
-        yield
-    finally:
-        os.environ.pop(VARIABLE)
-        if before is not None:
-            os.environ[VARIABLE] = before
 
 
 def _ours(choice: str = "auto", name: str = "ProdigyPlusScheduleFree", **arguments: Any) -> Build:

@@ -45,7 +45,8 @@ class Share:
         samples: p0 and s of Prodigy.
         factored: row and column means of factored second moments, whole on every rank.
         numbers: the tables of each parameter's and the group's numbers, and the buffers in which sums travel.
-        indices: where rows and columns of factored parameters lie in their buffer.
+        indices: where rows and columns of factored parameters lie in their buffer. (Native kernels need none, but keep
+            the samples of z packed: ``ppsf_dist.kernels.report`` says how much that is.)
     """
 
     elements: int = 0

@@ -23,6 +23,7 @@ from ppsf_dist.methods.switches import Switches
 from ppsf_dist.optimizers.base import DistributedOptimizer
 from tests.bootstrap import launchers
 from tests.harness.counting import count_collectives
+from tests.harness.kernels import kernels
 from tests.harness.layouts import local
 from tests.harness.pool import run
 from tests.switches import EVERY
@@ -45,8 +46,8 @@ SISTERS = {
 
 
 def build(name: str, parameters: Any) -> DistributedOptimizer:
-    """A sister by her name, or ProdigyPlusScheduleFree with one of its switches."""
-    with warnings.catch_warnings():
+    """A sister by her name, or ProdigyPlusScheduleFree with one of its switches, on the kernels that are forecast."""
+    with kernels("eager"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if name in SISTERS:
             made: DistributedOptimizer = getattr(ppsf_dist, name)(parameters, **SISTERS[name])
@@ -84,8 +85,9 @@ def held_as_state(optimizer: DistributedOptimizer, parameters: list[nn.Parameter
         return size(local(optimizer.state[p][name]) for p in parameters for name in names if name in optimizer.state[p])
 
     tables = [v for name, v in vars(plan.moments).items() if isinstance(v, Tensor) and name != "values"]
-    assert isinstance(plan.passes, EagerPasses)
-    tables += [index for work in plan.passes.works for index in (work.row_index, work.col_index) if index is not None]
+    (passes,) = [passes for passes, _ in plan.passes.parts]  # type: ignore[attr-defined]
+    assert isinstance(passes, EagerPasses)
+    tables += [index for work in passes.works for index in (work.row_index, work.col_index) if index is not None]
     factored = state("exp_avg_sq_row", "exp_avg_sq_col")
     assert factored == plan.moments.values.nbytes
     return Share(

@@ -9,6 +9,7 @@ import torch
 
 from ppsf_dist.kernels.eager import work
 from ppsf_dist.kernels.eager.work import FEW_LAUNCHES, IN_CACHE, Sizes
+from tests.harness.kernels import kernels
 from tests.harness.models import named_shapes
 from tests.rotation import rotated
 from tests.runs import SINGLE, Run, difference, open_loop, twice
@@ -25,7 +26,7 @@ def expected_run(dtype: torch.dtype, name: str) -> Run:
 
 
 def run_with(sizes: Sizes, dtype: torch.dtype, switch: Switch) -> Run:
-    with pytest.MonkeyPatch.context() as patch:
+    with kernels("eager"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(work, "sizes_for", lambda device: sizes)
         return open_loop(SINGLE, SHAPES, STEPS, groups=2, dtype=dtype, **switch)
 

@@ -158,23 +158,23 @@ class ChosenPasses:
     """
 
     def __init__(self, parts: Sequence[tuple[Passes, Sequence[int]]], uses: tuple[Use, ...]) -> None:
-        self._parts, self.uses = parts, uses
+        self.parts, self.uses = parts, uses
         self._first = parts[0][0]
 
     @property
     def kept(self) -> int:
-        return sum(passes.kept for passes, _ in self._parts)
+        return sum(passes.kept for passes, _ in self.parts)
 
     def bind(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        for passes, rows in self._parts:
+        for passes, rows in self.parts:
             passes.bind([weights[i] for i in rows], [gradients[i] for i in rows])
 
     def release(self) -> None:
-        for passes, _ in self._parts:
+        for passes, _ in self.parts:
             passes.release()
 
     def pass_1(self) -> None:
-        for passes, _ in self._parts:
+        for passes, _ in self.parts:
             passes.pass_1()
 
     def update_moments(self) -> None:
@@ -184,16 +184,16 @@ class ChosenPasses:
         self._first.fill_factors()
 
     def pass_2(self) -> None:
-        for passes, _ in self._parts:
+        for passes, _ in self.parts:
             passes.pass_2()
 
     def count_masks(self) -> None:
-        for passes, _ in self._parts:
+        for passes, _ in self.parts:
             passes.count_masks()
 
     def write_moments(self, writes: Writes) -> None:
         self._first.write_moments(writes)
 
     def pass_3(self, known: KnownGates | None, writes: Writes) -> None:
-        for passes, _ in self._parts:
+        for passes, _ in self.parts:
             passes.pass_3(known, writes)

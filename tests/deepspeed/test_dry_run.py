@@ -13,6 +13,7 @@ from ppsf_dist.dry_run import Share, forecast
 from ppsf_dist.methods.switches import Switches
 from ppsf_dist.zero.forecast import ZERO_SUB_GROUP
 from tests.deepspeed.engines import config, count_in_steps, deepspeed_on_cpu
+from tests.harness.kernels import kernels
 from tests.harness.pool import run
 from tests.switches import EVERY
 from tests.test_dry_run import expected, held_as_state, make_model, switches_of
@@ -29,7 +30,7 @@ def real(stage: int, names: list[str], dtype: torch.dtype) -> list[tuple[Share, 
     results = []
     for name in names:
         optimizer = {"optimizer": {"type": "ProdigyPlusScheduleFree", "params": EVERY[name]}}
-        with warnings.catch_warnings():
+        with kernels("eager"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             engine, *_ = deepspeed.initialize(model=make_model(torch.float32), config=config(stage, dtype) | optimizer)
         counted = count_in_steps(engine.basic_optimizer)

@@ -22,6 +22,7 @@ from ppsf_dist.kernels.interface import Buffers, KnownGates
 from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
 from ppsf_dist.sharding import Shard
+from ppsf_dist.state.inventory import needed
 from ppsf_dist.state.moments import FactoredMoments
 from ppsf_dist.state.samples import count_in
 from ppsf_dist.state.writes import Writes
@@ -80,11 +81,15 @@ class NativePasses:
         self._batches = _batches(self._tasks)
         self._partial = torch.empty(partial)
         self._results = torch.empty(len(self._tasks), SUMS, dtype=torch.float64)
-        states = [state[shard.param] for shard in shards]
-        self._packed = [
-            torch.empty_like(of["p0"], dtype=of["z"].dtype) if {"z", "p0"} <= of.keys() else None for of in states
+        states = [
+            {entry.name: state[shard.param].get(entry.name) for entry in needed(switch, shard.shape)}
+            for shard, switch in zip(shards, switches, strict=True)
         ]
-        self._of_z = [of["z"] for of in states if "z" in of]
+        self._packed = [
+            torch.empty_like(p0, dtype=z.dtype) if z is not None and p0 is not None else None
+            for z, p0 in ((of.get("z"), of.get("p0")) for of in states)
+        ]
+        self._of_z = [z for of in states if (z := of.get("z")) is not None]
         self._written: list[int] | None = None
         self._columns = [
             *[[of.get(name) for of in states] for name in (*LIKE_WEIGHTS, *SAMPLES)],

@@ -25,6 +25,8 @@ from ppsf_dist.kernels.cpu.tables import Job, MomentsTable, Piece, PlanTable, Ta
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
+BUILT = HERE / "built"
+"""What a wheel brings."""
 SOURCES = ("passes.cpp", "block.h", "element.h", "plan.h")
 COMPILE = (
     "-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-std=c++17", "-fopenmp-simd", "-fno-math-errno",
@@ -94,7 +96,7 @@ def load() -> Library:
     """
     instructions = torch.backends.cpu.get_cpu_capability()
     name = file_name(instructions)
-    shipped = HERE / "built" / name
+    shipped = BUILT / name
     if shipped.exists():
         return Library(shipped)
     kept = cache_folder() / name
@@ -152,7 +154,11 @@ def compile_into(path: Path, instructions: str) -> None:
             subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True, timeout=120)
             os.replace(made, path)
     except subprocess.CalledProcessError as error:
-        raise Unavailable(f"{command[0]} cannot compile them: {error.stderr.strip().splitlines()[-1:]}") from error
+        raise Unavailable(f"{command[0]} cannot compile them: {_last_line(error.stderr)}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"they cannot be compiled into {path.parent}: {error}") from error
     logger.info("compiled %s", path)
+
+
+def _last_line(text: str) -> str:
+    return next(reversed(text.strip().splitlines()), "it says nothing")
