@@ -29,7 +29,7 @@ SWITCHES = PRODIGY_PLUS.switches({**PRODIGY_PLUS.arguments})
 def trained(
     choice: str, steps: int = 3, between: Callable[[int, ProdigyPlusScheduleFree], None] | None = None
 ) -> Tensor:
-    """Weights after some steps, and what may come between them."""
+    """Weights after some steps, and the numerator of d. Something may come between the steps."""
     generator = torch.Generator().manual_seed(0)
     p = nn.Parameter(torch.randn(60, 50, generator=generator) * 0.02)
     with using(choice):
@@ -39,7 +39,7 @@ def trained(
         optimizer.step()
         if between is not None:
             between(step, optimizer)
-    return torch.cat([p.detach().reshape(-1), torch.tensor(optimizer.get_d())])
+    return torch.cat([p.detach().reshape(-1), torch.tensor([optimizer.param_groups[0]["d_numerator"]])])
 
 
 def test_the_report_says_what_runs_where_and_why() -> None:
