@@ -15,6 +15,7 @@ from torch import Tensor
 from ppsf_dist.kernels.cpu import library
 from ppsf_dist.kernels.cpu.backend import NativeKernels
 from ppsf_dist.kernels.cpu.pieces import why_not
+from ppsf_dist.kernels.cpu.source import Unavailable
 from ppsf_dist.kernels.eager import EagerKernels
 from ppsf_dist.kernels.interface import Buffers, Kernels, KnownGates, Passes
 from ppsf_dist.methods.switches import Switches
@@ -95,7 +96,7 @@ class ChosenKernels:
             return None, f"device {device.type}"
         try:
             return NativeKernels(library.load()), ""
-        except library.Unavailable as error:
+        except Unavailable as error:
             if self._choice == "native":
                 raise RuntimeError(f"{VARIABLE}=native, but there are no native kernels: {error}") from error
             return None, str(error)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ppsf_dist import AdamWScheduleFree, ProdigyPlusScheduleFree, kernels
-from ppsf_dist.kernels.cpu import library
+from ppsf_dist.kernels.cpu import library, source
 from ppsf_dist.kernels.cpu.backend import NativeKernels
 from ppsf_dist.kernels.cpu.tables import Job
 from ppsf_dist.methods.prodigy_plus import PRODIGY_PLUS
@@ -124,20 +124,20 @@ def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
     fails.write_text("#!/bin/sh\necho it is broken >&2\nexit 1\n")
     fails.chmod(0o755)
     monkeypatch.setenv("CXX", str(fails))
-    with pytest.raises(library.Unavailable, match="cxx cannot compile them: it is broken"):
-        library.compile_into(tmp_path / "made.so", "AVX2")
+    with pytest.raises(source.Unavailable, match="cxx cannot compile them: it is broken"):
+        source.compile_into(tmp_path / "made.so", "AVX2")
     assert [path.name for path in tmp_path.iterdir()] == ["cxx"]
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(library.Unavailable, match="cannot be compiled into .*file"):
-        library.compile_into(tmp_path / "file" / "made.so", "DEFAULT")
+    with pytest.raises(source.Unavailable, match="cannot be compiled into .*file"):
+        source.compile_into(tmp_path / "file" / "made.so", "DEFAULT")
 
 
 def test_a_torn_library_is_no_library(tmp_path: Path) -> None:
     (tmp_path / "torn.so").write_bytes(b"\x7fELF and nothing more")
-    with pytest.raises(library.Unavailable, match="torn.so does not load"):
+    with pytest.raises(source.Unavailable, match="torn.so does not load"):
         library.Library(tmp_path / "torn.so")
 
 

@@ -1,0 +1,93 @@
+"""How the passes are compiled. Imports nothing of this package and no torch: the build of a wheel loads this file alone."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).parent
+BUILT = HERE / "built"
+"""What a wheel brings."""
+SOURCES = ("passes.cpp", "block.h", "element.h", "plan.h")
+COMPILE = (
+    "-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-std=c++17", "-fopenmp-simd", "-fno-math-errno",
+    "-fno-trapping-math", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-fPIC",
+    "-shared", "-nodefaultlibs",
+)  # fmt: skip
+"""No -ffast-math: a library linked with it turns denormal numbers off for the whole process. No contraction: every set
+of instructions, and torch, gives the same bits."""
+
+INSTRUCTIONS = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma"),
+    "DEFAULT": (),
+}
+"""Flags for what ``torch.backends.cpu.get_cpu_capability()`` says."""
+
+
+class Unavailable(Exception):
+    """The passes cannot run here. The message says why."""
+
+
+def for_this_machine() -> Sequence[str]:
+    """The sets of instructions that a wheel for this kind of machine brings."""
+    return tuple(INSTRUCTIONS) if _is_x86() else ("DEFAULT",)
+
+
+def _is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def file_name(instructions: str) -> str:
+    """What a library is called: for which machine it is, and from which source it was made."""
+    digest = hashlib.sha256(" ".join(flags_for(instructions)).encode())
+    for source in SOURCES:
+        digest.update((HERE / source).read_bytes())
+    return f"passes-{platform.machine()}-{instructions.lower()}-{digest.hexdigest()[:16]}.so"
+
+
+def flags_for(instructions: str) -> Sequence[str]:
+    """The compiler's flags for a set of instructions; on other machines than x86 the compiler knows its own."""
+    return (*COMPILE, *(INSTRUCTIONS.get(instructions, ()) if _is_x86() else ()))
+
+
+def compiler() -> str:
+    """The C++ compiler: ``CXX``, or the first of the usual names that is there.
+
+    Raises:
+        Unavailable: there is none.
+    """
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    raise Unavailable("there is no C++ compiler (CXX, c++, g++ or clang++)")
+
+
+def compile_into(path: Path, instructions: str) -> None:
+    """Compile the passes. Processes that do so at once do not disturb each other: the last one's file stays.
+
+    Raises:
+        Unavailable: there is no compiler, it fails, or the folder cannot be written.
+    """
+    command = [compiler(), *flags_for(instructions), str(HERE / SOURCES[0]), "-lc"]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="compiling-") as folder:
+            made = Path(folder) / path.name
+            subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True, timeout=120)
+            os.replace(made, path)
+    except subprocess.CalledProcessError as error:
+        raise Unavailable(f"{command[0]} cannot compile them: {_last_line(error.stderr)}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"they cannot be compiled into {path.parent}: {error}") from error
+
+
+def _last_line(text: str) -> str:
+    return next(reversed(text.strip().splitlines()), "it says nothing")
