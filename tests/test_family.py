@@ -73,13 +73,21 @@ def test_each_step_and_each_evaluation_is_the_references(name: str, variant: str
                 one.train()
 
 
-def run_of_the_reference(name: str, variant: str, dtype: torch.dtype = torch.float32) -> Run:
+def run_of_the_reference(name: str, variant: str, dtype: torch.dtype = torch.float32, noise: int | None = None) -> Run:
+    """Its run in a dtype; with the seed of a noise on gradients that moves each by a rounding unit of fp32 or not."""
+    generator = torch.Generator().manual_seed(noise or 0)
+
+    def given(gradient: Tensor) -> Tensor:
+        if noise is not None:
+            gradient = gradient * (1 + EPS * torch.randint(-1, 2, gradient.shape, generator=generator))
+        return gradient.to(dtype)
+
     start = {key: value.to(dtype) for key, value in initial_weights(ALL_SHAPES).items()}
     parameters = parameters_of(start)
     reference = make_reference(name, variant, parameters)
     groups = []
     for gradients in gradient_sequence(ALL_SHAPES, STEPS):
-        take_step(reference, parameters, {key: None if g is None else g.to(dtype) for key, g in gradients.items()})
+        take_step(reference, parameters, {key: None if g is None else given(g) for key, g in gradients.items()})
         groups.append([{k: v for k, v in group.items() if k != "params"} for group in reference.param_groups])
     return Run(start, {key: parameter.detach() for key, parameter in parameters.items()}, {}, groups)
 
@@ -97,9 +105,13 @@ def error_of(run_: Run, exact: Run) -> dict[str, float]:
 
 @pytest.mark.parametrize(("name", "variant"), EVERY_VARIANT)
 def test_a_run_is_the_references(name: str, variant: str) -> None:
-    """It is no more than twice as far from the reference's run in fp64 as that in fp32 is, or one rounding unit."""
+    """It is no more than twice as far from the reference's run in fp64 as that in fp32 is, or one rounding unit.
+
+    Where rounding is amplified, how far that is is itself a matter of rounding: the largest of five counts.
+    """
     exact = run_of_the_reference(name, variant, torch.float64)
-    reference = error_of(run_of_the_reference(name, variant), exact)
+    spread = [error_of(run_of_the_reference(name, variant, noise=noise), exact) for noise in (None, 0, 1, 2, 4)]
+    reference = {key: max(error[key] for error in spread) for key in spread[0]}
     assert reference["weights"] <= MOST["weights"] and reference["d"] <= MOST["d"]
     arguments = FAMILY[name].variants[variant]
     ours = error_of(open_loop(SINGLE, ALL_SHAPES, STEPS, groups=2, optimizer_class=name, **arguments), exact)

@@ -66,7 +66,7 @@ class PartStep:
         plan, writes = self.plan, self._writes
         if self._prepared is None:
             # All that reads what is written below.
-            self._prepared = self._prepare(self.verdict.cause if cause is None else cause)
+            self._prepared = self._prepare(cause)
         parameters, known = self._prepared
         gate = plan.buffers.gates.moments
         writes.restart()
@@ -81,15 +81,17 @@ class PartStep:
             # With ADOPT for all that is factored they stay those of the step before.
             self.plan.passes.fill_factors()
 
-    def _prepare(self, cause: Tensor) -> Prepared:
+    def _prepare(self, cause: Tensor | None) -> Prepared:
         plan, numbers, stats = self.plan, self.numbers, self.plan.reductions.table.stats
-        numbers.fill_coefficients()
+        if cause is not None:
+            # The step has learned its d since they were written.
+            numbers.fill_coefficients()
         if not (plan.divides_early and plan.reduces_sums_early):
             self._fill_factors()
         if plan.reductions.masks is not None:
             stats[:, Stat.LATE_MASK] = plan.reductions.masks.stats[:, Stat.LATE_MASK]
         numbers.fill_scales(stats)
-        known = numbers.fill_gates(self.verdict._replace(cause=cause), plan.host)
+        known = numbers.fill_gates(self.verdict if cause is None else self.verdict._replace(cause=cause), plan.host)
         return Prepared(self.contribution.parameters, known)
 
     @cached_property

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ppsf_dist.kernels.cpu.library import Library
-from ppsf_dist.kernels.cpu.pieces import LIKE_WEIGHTS, SAMPLES, Place, flags_of, pieces_of
+from ppsf_dist.kernels.cpu.pieces import FLOATS, LIKE_WEIGHTS, SAMPLES, Place, flags_of, pieces_of
 from ppsf_dist.kernels.cpu.tables import ADDRESSES, COEFFICIENTS, SUMS, Job, MomentsTable, Pass, Piece, PlanTable, Task
 from ppsf_dist.kernels.cpu.threads import Crew
 from ppsf_dist.kernels.interface import Buffers, KnownGates
@@ -75,7 +75,7 @@ class NativePasses:
         moments: FactoredMoments,
         buffers: Buffers,
     ) -> None:
-        self._library, self._shards, self._buffers = library, list(shards), buffers
+        self._library, self._buffers = library, buffers
         self._pieces = (Piece * len(pieces))(*pieces)
         self._tasks, partial = _cut(library, self._pieces)
         self._batches = _batches(self._tasks)
@@ -91,13 +91,18 @@ class NativePasses:
         ]
         self._of_z = [z for of in states if (z := of.get("z")) is not None]
         self._written: list[int] | None = None
-        self._columns = [
-            *[[of.get(name) for of in states] for name in (*LIKE_WEIGHTS, *SAMPLES)],
-            self._packed,
-        ]
         self._addresses = array("q", bytes(8 * len(ADDRESSES) * len(shards)))
-        self._held: list[Tensor] = []
+        # An empty tensor lies at address 0, which says that something is not there.
+        self._nothing = {dtype: torch.empty(0, dtype=dtype) for dtype in FLOATS}
+        self._state: dict[str, list[Tensor]] = {}
+        for name in (*LIKE_WEIGHTS, *SAMPLES):
+            if any(of.get(name) is not None for of in states):
+                self._state[name] = [_present(of.get(name), self._nothing[torch.float32]) for of in states]
+        # These never move.
+        self._look_up("packed z", [_present(packed, self._nothing[torch.float32]) for packed in self._packed])
+        self._dtypes = [shard.weights().dtype for shard in shards]
         self._weights: list[Tensor] = []
+        self._gradients: list[Tensor] = []
         self._norms = any(switch.needs_norms for switch in switches)
         self._masks = any(switch.counts_mask_late for switch in switches)
         self._plan, self._moments = self._table(), _moments_table(moments, buffers)
@@ -135,18 +140,21 @@ class NativePasses:
     def bind(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         self._crew.wait()
         self._write, self._weights = None, list(weights)
-        # Whoever drops a gradient in the middle of a step does not free what the passes read.
-        self._held = [_plain(g, w) for g, w in zip(gradients, weights, strict=True) if g is not None]
-        held = iter(self._held)
-        here = [None if gradient is None else next(held) for gradient in gradients]
-        for column, tensors in enumerate((weights, here, *self._columns)):
-            self._addresses[column :: len(ADDRESSES)] = array("q", map(_address, tensors))
+        # Held: whoever drops one in the middle of a step does not free what the passes read.
+        self._gradients = [self._nothing[d] if g is None else g for g, d in zip(gradients, self._dtypes, strict=True)]
+        if not all(map(Tensor.is_contiguous, self._gradients)) or [g.dtype for g in self._gradients] != self._dtypes:
+            pairs = zip(self._gradients, self._dtypes, strict=True)
+            self._gradients = [gradient.to(dtype).contiguous() for gradient, dtype in pairs]
+        for name, tensors in {"weights": self._weights, "gradient": self._gradients, **self._state}.items():
+            self._look_up(name, tensors)
         self._keep_packed()
+
+    def _look_up(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """Where a tensor of each shard lies now."""
+        self._addresses[ADDRESSES.index(name) :: len(ADDRESSES)] = array("q", map(Tensor.data_ptr, tensors))
 
     def _keep_packed(self) -> None:
         """Pack the samples of z again if anybody else has written to it."""
-        if not any(packed is not None for packed in self._packed):
-            return
         written = [z._version for z in self._of_z]
         if written != self._written or not self._library.is_packed(self._plan, len(self._tasks)):
             self._library.pack(self._plan, len(self._tasks))
@@ -154,7 +162,7 @@ class NativePasses:
 
     def release(self) -> None:
         self._crew.wait()
-        self._held = []
+        self._gradients = []
 
     def pass_1(self) -> None:
         for first, last in self._batches:
@@ -192,15 +200,12 @@ class NativePasses:
         torch.autograd.graph.increment_version(self._weights)
 
 
+def _present(tensor: Tensor | None, nothing: Tensor) -> Tensor:
+    return nothing if tensor is None else tensor
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _plain(gradient: Tensor, weights: Tensor) -> Tensor:
-    """A gradient as the passes read it."""
-    if gradient.dtype == weights.dtype and gradient.is_contiguous():
-        return gradient
-    return gradient.to(weights.dtype).contiguous()
 
 
 def _moments_table(moments: FactoredMoments, buffers: Buffers) -> MomentsTable:

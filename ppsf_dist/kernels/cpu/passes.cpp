@@ -131,14 +131,20 @@ Memory<T> memory_of(const Plan& plan, const Piece& piece) {
             reinterpret_cast<const void*>(at[P0]), reinterpret_cast<void*>(at[S]), reinterpret_cast<T*>(at[PACKED_Z])};
 }
 
-// Largest of some squares; not finite if one of them is not.
-APART float largest_square(const float* g, int64_t n) {
-    int32_t largest = 0;
+// Largest of some numbers that are not negative; not finite if one of them is not.
+APART float largest(const float* x, int64_t n) {
+    int32_t most = 0;
     for (int64_t j = 0; j < n; j++) {
-        const int32_t square = int32_t(bits_of(g[j] * g[j]) & 0x7fffffff);
-        largest = square > largest ? square : largest;
+        const int32_t bits = int32_t(bits_of(x[j]) & 0x7fffffff);
+        most = bits > most ? bits : most;
     }
-    return float_of(uint32_t(largest));
+    return float_of(uint32_t(most));
+}
+
+APART float largest_square(const float* g, int64_t n) {
+    alignas(64) float squares[BLOCK];
+    for (int64_t j = 0; j < n; j++) squares[j] = g[j] * g[j];
+    return largest(squares, n);
 }
 
 APART double square_sum(const float* u, int64_t n) {
@@ -223,7 +229,7 @@ void matrix_sums(const Plan& plan, const Piece& piece, const T* g, int64_t first
         double total = 0;
         for (int64_t i = 0; i < lines; i++) sums[i * stride] += of_line[i], total += double(of_line[i]);
         result[GG] += total;
-        keep_largest(result + LARGEST_SQUARE, float(total));
+        keep_largest(result + LARGEST_SQUARE, largest(of_line, lines));
     }
 }
 

@@ -1,4 +1,4 @@
-"""How the passes are compiled. Imports nothing of this package and no torch: the build of a wheel loads this file alone."""
+"""How the passes are compiled. Imports neither torch nor this package: the build of a wheel loads this file alone."""
 
 from __future__ import annotations
 
