@@ -185,25 +185,31 @@ APART void move(const Piece& piece, const Numbers& c, const float* y, const floa
     }
 }
 
-// The samples of a block, gathered.
+constexpr int64_t SAMPLES = 1024;
+
+// Some samples, gathered.
 struct Samples {
-    alignas(64) float g[BLOCK], point[BLOCK], p0[BLOCK], s[BLOCK];
+    alignas(64) float g[SAMPLES], point[SAMPLES], p0[SAMPLES], s[SAMPLES];
 };
 
 template <int64_t STEP, class A>
-inline void gather(const A* from, int64_t count, A* to) {
+inline void gather_each(const A* from, int64_t count, A* to) {
     for (int64_t m = 0; m < count; m++) to[m] = from[m * STEP];
 }
 
-// The sampled elements of a block, as floats.
+// Every so-manyth element.
 template <class A>
-inline void gather(const A* from, const Block& b, int64_t slice_p, float* to) {
-    alignas(64) A beside[BLOCK];
-    from += b.phase;
-    if (slice_p == 11) gather<11>(from, b.count, beside);
-    else
-        for (int64_t m = 0; m < b.count; m++) beside[m] = from[m * slice_p];
-    for (int64_t m = 0; m < b.count; m++) to[m] = load(beside[m]);
+inline void gather_as_stored(const A* from, int64_t count, int64_t slice_p, A* to) {
+    if (slice_p == 11) return gather_each<11>(from, count, to);
+    for (int64_t m = 0; m < count; m++) to[m] = from[m * slice_p];
+}
+
+// The same as floats.
+template <class A>
+inline void gather(const A* from, int64_t count, int64_t slice_p, float* to) {
+    alignas(64) A beside[SAMPLES];
+    gather_as_stored(from, count, slice_p, beside);
+    for (int64_t m = 0; m < count; m++) to[m] = load(beside[m]);
 }
 
 // Samples that are stored one after the other, in one dtype or the other.
@@ -228,7 +234,7 @@ APART void gradient_sum(const Piece& piece, const Numbers& c, const float* g, in
 APART void sample_sums(const Piece& piece, const Numbers& c, Samples& of, int64_t count, double* sums) {
     constexpr int64_t both = WEIGHTS_IN_BF16 | P0_IN_BF16;
     const bool rounds = (piece.flags & both) == both;
-    alignas(64) float difference[BLOCK];
+    alignas(64) float difference[SAMPLES];
     double dot = 0, l1 = 0, square = 0;
     for (int64_t m = 0; m < count; m++) difference[m] = of.p0[m] - of.point[m];
     if (rounds)
@@ -253,15 +259,15 @@ APART void sample_sums(const Piece& piece, const Numbers& c, Samples& of, int64_
     }
 }
 
-APART void update_s(const Piece& piece, const Numbers& c, const float* g, const Block& b, void* s) {
-    alignas(64) float after[BLOCK];
+APART void update_s(const Piece& piece, const Numbers& c, const float* g, int64_t count, int64_t at, void* s) {
+    alignas(64) float after[SAMPLES];
     const bool half = piece.flags & S_IN_BF16;
-    load_samples(s, half, b.sample, b.count, after);
-    gradient_sum(piece, c, g, b.count, after);
+    load_samples(s, half, at, count, after);
+    gradient_sum(piece, c, g, count, after);
     if (half)
-        for (int64_t m = 0; m < b.count; m++) static_cast<bf16*>(s)[b.sample + m] = bf16(bits_of(after[m]) >> 16);
+        for (int64_t m = 0; m < count; m++) static_cast<bf16*>(s)[at + m] = bf16(bits_of(after[m]) >> 16);
     else
-        for (int64_t m = 0; m < b.count; m++) static_cast<float*>(s)[b.sample + m] = after[m];
+        for (int64_t m = 0; m < count; m++) static_cast<float*>(s)[at + m] = after[m];
 }
 
 }  // namespace ppsf

@@ -111,6 +111,17 @@ __attribute__((noinline)) bool Blocks::next(Block& b) {
     return true;
 }
 
+// How many elements of a flat piece a task has.
+int64_t length(const Piece& piece, const Task& task) {
+    return (task.last_line - task.first_line - 1) * piece.n + task.end - task.begin;
+}
+
+// All of them at once.
+Block stretch(const Piece& piece, const Task& task) {
+    const int64_t at = task.first_line * piece.n + task.begin, n = length(piece, task), index = piece.index + at;
+    return {at, n, index, task.sample, phase_of(index, piece.slice_p), samples_in(index, n, piece.slice_p), 0, nullptr};
+}
+
 Numbers numbers_of(const Plan& plan, int64_t slot) {
     Numbers c = {};
     for (int name = 0; name < COEFFICIENTS; name++)
@@ -185,7 +196,7 @@ void line_sums_of(const T* g, int64_t lines, float* of_line, float* along) {
 }
 
 template <class T>
-void line_sums(const T* g, int64_t n, int64_t lines, float* of_line, float* along) {
+__attribute__((noinline)) void line_sums(const T* g, int64_t n, int64_t lines, float* of_line, float* along) {
     if (n == 8) return line_sums_of<T, 8>(g, lines, of_line, along);
     if (n == 16) return line_sums_of<T, 16>(g, lines, of_line, along);
     if (n == 32) return line_sums_of<T, 32>(g, lines, of_line, along);
@@ -246,21 +257,27 @@ APART void line_sums_anywhere(const Piece& piece, const float* g, int64_t begin,
     keep_largest(result + LARGEST_SQUARE, largest_square(g, n));
 }
 
+// The sums over some samples: of a block, or of a longer stretch of a flat piece.
 template <class T>
-void statistics(const Piece& piece, const Numbers& c, const Memory<T>& memory, const Block& b, double* result) {
+__attribute__((noinline)) void statistics(const Piece& piece, const Numbers& c, const Memory<T>& memory, const Block& b, double* result) {
     Samples of;
-    const bool averages = piece.flags & SCHEDULEFREE;
-    gather(memory.gradient(b.at), b, piece.slice_p, of.g);
-    if (memory.packed) load_samples(memory.packed, piece.flags & WEIGHTS_IN_BF16, b.sample, b.count, of.point);
-    else gather((averages ? memory.z : memory.y) + b.at, b, piece.slice_p, of.point);
-    if (piece.flags & COUPLED_DECAY) {
-        alignas(64) float y[BLOCK];
-        gather(memory.y + b.at, b, piece.slice_p, y);
-        for (int64_t m = 0; m < b.count; m++) of.g[m] = y[m] * c.of[WEIGHT_DECAY] + of.g[m];
+    const T* g = memory.g ? memory.g + b.at : nullptr;
+    const T *y = memory.y + b.at, *point = piece.flags & SCHEDULEFREE ? memory.z + b.at : y;
+    for (int64_t first = 0; first < b.count; first += SAMPLES) {
+        const int64_t count = b.count - first < SAMPLES ? b.count - first : SAMPLES;
+        const int64_t at = b.phase + first * piece.slice_p, sample = b.sample + first;
+        if (g) gather(g + at, count, piece.slice_p, of.g);
+        else memset(of.g, 0, sizeof(float) * count);
+        if (memory.packed) load_samples(memory.packed, piece.flags & WEIGHTS_IN_BF16, sample, count, of.point);
+        else gather(point + at, count, piece.slice_p, of.point);
+        if (piece.flags & COUPLED_DECAY) {
+            gather(y + at, count, piece.slice_p, of.p0);
+            for (int64_t m = 0; m < count; m++) of.g[m] = of.p0[m] * c.of[WEIGHT_DECAY] + of.g[m];
+        }
+        load_samples(memory.p0, piece.flags & P0_IN_BF16, sample, count, of.p0);
+        if (!(piece.flags & SPEED)) load_samples(memory.s, piece.flags & S_IN_BF16, sample, count, of.s);
+        sample_sums(piece, c, of, count, result);
     }
-    load_samples(memory.p0, piece.flags & P0_IN_BF16, b.sample, b.count, of.p0);
-    if (!(piece.flags & SPEED)) load_samples(memory.s, piece.flags & S_IN_BF16, b.sample, b.count, of.s);
-    sample_sums(piece, c, of, b.count, result);
 }
 
 template <class T>
@@ -292,6 +309,12 @@ void pass_1(const Plan& plan, const Task& task, double* result) {
         if (fast && memory.g)
             matrix_sums(plan, piece, memory.g + part.first_line * piece.n, part.first_line, part.last_line, along, result);
         if (fast && !early && !(flags & STATISTICS)) continue;
+        const bool flat = (flags & FLAT) && (flags & STATISTICS) && (flags & OWNED);
+        if (flat) statistics(piece, c, memory, stretch(piece, part), result);
+        if (fast && flat && !early) {
+            part.sample += samples_in(piece.index + part.first_line * piece.n + part.begin, length(piece, part), piece.slice_p);
+            continue;
+        }
         Blocks blocks(plan, part, false);
         while (blocks.next(b)) {
             if (!fast) {
@@ -311,7 +334,7 @@ void pass_1(const Plan& plan, const Task& task, double* result) {
                 }
             }
             if (!(flags & OWNED)) continue;
-            if (flags & STATISTICS) statistics(piece, c, memory, b, result);
+            if ((flags & STATISTICS) && !flat) statistics(piece, c, memory, b, result);
             if (early) {
                 load_block(piece, c, memory, b, false, floats);
                 momentum(piece, c, floats, b.n, m);
@@ -345,6 +368,26 @@ float common_norm(const T* g, const Block& b, float eps) {
     return sum;
 }
 
+// Of four lines of a matrix at once: memory is faster in several places.
+template <class T>
+__attribute__((noinline)) double common_norms(const T* g, int64_t n, const float* across, int64_t stride, const float* along, float eps) {
+    const T *g0 = g, *g1 = g0 + n, *g2 = g1 + n, *g3 = g2 + n;
+    const float a0 = across[0], a1 = across[stride], a2 = across[2 * stride], a3 = across[3 * stride];
+    double total = 0;
+    for (int64_t begin = 0; begin < n; begin += BLOCK) {
+        const int64_t end = n - begin < BLOCK ? n : begin + BLOCK;
+        float sum0 = 0, sum1 = 0;
+#pragma omp simd reduction(+ : sum0, sum1)
+        for (int64_t j = begin; j < end; j++) {
+            const float u0 = load(g0[j]) / (a0 * along[j] + eps), u1 = load(g1[j]) / (a1 * along[j] + eps);
+            const float u2 = load(g2[j]) / (a2 * along[j] + eps), u3 = load(g3[j]) / (a3 * along[j] + eps);
+            sum0 += u0 * u0 + u1 * u1, sum1 += u2 * u2 + u3 * u3;
+        }
+        total += double(sum0) + double(sum1);
+    }
+    return total;
+}
+
 template <class T>
 void pass_2(const Plan& plan, const Task& task, double* result) {
     const Piece& piece = plan.pieces[task.piece];
@@ -355,7 +398,15 @@ void pass_2(const Plan& plan, const Task& task, double* result) {
     Block b;
     Floats floats;
     Direction d;
-    Blocks blocks(plan, task, piece.flags & FACTORED);
+    Task rest = task;
+    if (common && (piece.flags & MATRIX) && piece.n >= SHORT && memory.g) {
+        const bool rows = !piece.row_step;
+        const int64_t stride = rows ? piece.row_stride[0] : piece.col_stride[0];
+        const float *across = plan.factors + (rows ? piece.row : piece.col), *along = plan.factors + (rows ? piece.col : piece.row);
+        for (int64_t& l = rest.first_line; l + 4 <= task.last_line; l += 4)
+            result[UU] += common_norms(memory.g + l * piece.n, piece.n, across + l * stride, stride, along, c.of[D_EPS]);
+    }
+    Blocks blocks(plan, rest, piece.flags & FACTORED);
     while (blocks.next(b)) {
         if (common) {
             result[UU] += common_norm(memory.gradient(b.at), b, c.of[D_EPS]);
@@ -427,7 +478,7 @@ struct Common {
 };
 
 template <bool ROUNDS>
-void common_step(const Numbers& c, const Block& b, const float* g, float* y, float* z) {
+__attribute__((noinline)) void common_step(const Numbers& c, const Block& b, const float* g, float* y, float* z) {
     const Common step(c, b);
     const float* along = b.along;
 #pragma omp simd
@@ -449,7 +500,7 @@ uint32_t rounded(float x, uint32_t sixteen_bits) {
 }
 
 template <bool ROUNDS>
-void common_step(const Numbers& c, const Block& b, const bf16* g, bf16* y, bf16* z) {
+__attribute__((noinline)) void common_step(const Numbers& c, const Block& b, const bf16* g, bf16* y, bf16* z) {
     const Common step(c, b);
     const float* along = b.along;
     const uint32_t index = uint32_t(b.index), key = c.key;
@@ -486,17 +537,22 @@ void pass_3(const Plan& plan, const Task& task, double*) {
     const Memory<T> memory = memory_of<T>(plan, piece);
     const bool common = (flags & (COMMON | UNCOMMON | CAUTIOUS | GRAMS | DECAYS)) == COMMON;
     const bool averages = flags & SCHEDULEFREE, sums = (flags & STATISTICS) && !(flags & SPEED);
-    alignas(64) float new_y[BLOCK], new_z[BLOCK], of_g[BLOCK];
+    alignas(64) float new_y[BLOCK], new_z[BLOCK], of_g[SAMPLES];
+    int64_t first_sample = task.sample, samples = 0;
     Floats floats;
     Direction d;
     Block b;
     Blocks blocks(plan, task, flags & FACTORED);
     while (blocks.next(b)) {
+        if (samples + b.count > SAMPLES) {
+            update_s(piece, c, of_g, samples, first_sample, memory.s);
+            first_sample += samples, samples = 0;
+        }
         T *y = memory.y + b.at, *z = averages ? memory.z + b.at : nullptr;
         if (common && writes) {
             const T* g = memory.gradient(b.at);
             common_step<ROUNDS>(c, b, g, y, z);
-            if (sums) gather(g, b, piece.slice_p, of_g);
+            if (sums) gather(g + b.phase, b.count, piece.slice_p, of_g + samples);
         } else {
             load_block(piece, c, memory, b, true, floats);
             direction(piece, c, floats, b, d);
@@ -505,12 +561,12 @@ void pass_3(const Plan& plan, const Task& task, double*) {
             if (!averages && (flags & MOMENTUM)) store_floats(d.m, b.n, memory.m + b.at);
             move(piece, c, floats.y, floats.z, b.n, d.u, new_y, new_z);
             store_block<T, ROUNDS>(c, b, new_y, averages ? new_z : nullptr, y, z);
-            if (sums) gather(floats.g, b, piece.slice_p, of_g);
+            if (sums) gather(floats.g + b.phase, b.count, piece.slice_p, of_g + samples);
         }
-        if (sums) update_s(piece, c, of_g, b, memory.s);
-        if (memory.packed)
-            for (int64_t m = 0; m < b.count; m++) memory.packed[b.sample + m] = z[b.phase + m * piece.slice_p];
+        if (sums) samples += b.count;
+        if (memory.packed) gather_as_stored(z + b.phase, b.count, piece.slice_p, memory.packed + b.sample);
     }
+    if (samples) update_s(piece, c, of_g, samples, first_sample, memory.s);
 }
 
 // ---- Factored moments ----
