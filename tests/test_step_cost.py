@@ -1,4 +1,4 @@
-"""What a step costs beside torch's fused AdamW, in one run: what docs/performance.md says, with a margin for the machine.
+"""What a step costs beside torch's fused AdamW, in one run: what docs/performance.md says, with a margin.
 
 Smaller sets than there, of the same kinds of tensors, so that a few steps take no minute.
 """

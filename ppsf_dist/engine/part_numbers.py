@@ -197,7 +197,8 @@ class PartNumbers:
     def verdict(self, reductions: Reductions, host: HostAccess) -> Verdict:
         """What is written: nothing if there is a cause not to, and only parameters that have a gradient."""
         stats, sums, outcome = reductions.table.stats, reductions.sums, reductions.last.outcome
-        gradients = stats[:, Stat.LARGEST_SQUARE].isfinite().all() & sums.isfinite().all()
+        # In fp64 the sums of finite numbers are finite, and none of these is negative.
+        gradients = (stats[:, Stat.LARGEST_SQUARE].sum() + sums.sum(dtype=torch.float64)).isfinite()
         # ADOPT's first step divides by an empty moment: its direction does not count.
         uu = torch.where(self._adopt_first, torch.zeros_like(stats[:, 0]), stats[:, Stat.UU])
         state = (stats[:, Stat.DOT : Stat.UU] + (uu + stats[:, Stat.WW]).unsqueeze(1)).isfinite().all()

@@ -39,14 +39,15 @@ class PartStep:
     def measure(self) -> None:
         """The upper half of the picture: pass 1, reduce 1, moments, pass 2, reduce 2 (and a third for late masks)."""
         plan, passes, reductions = self.plan, self.plan.passes, self.plan.reductions
+        early = plan.divides_early and plan.reduces_sums_early
         plan.capture_unseen()
         plan.begin(self._step.unsound)
         self.numbers.begin(plan.moments)
 
-        passes.pass_1()
+        passes.pass_1(goes_on=plan.team.is_alone and early and plan.needs_norms)
         if plan.reduces_sums_early:
             reductions.reduce()
-        if plan.divides_early and plan.reduces_sums_early:
+        if early:
             self._fill_factors()
         if plan.needs_norms:
             passes.pass_2()

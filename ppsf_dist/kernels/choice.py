@@ -174,9 +174,9 @@ class ChosenPasses:
         for passes, _ in self.parts:
             passes.release()
 
-    def pass_1(self) -> None:
+    def pass_1(self, *, goes_on: bool) -> None:
         for passes, _ in self.parts:
-            passes.pass_1()
+            passes.pass_1(goes_on=goes_on)
 
     def update_moments(self) -> None:
         self._first.update_moments()

@@ -110,8 +110,13 @@ class Passes(Protocol):
     def release(self) -> None:
         """Let go of the gradients, so that the next backward pass finds their memory free."""
 
-    def pass_1(self) -> None:
-        """Sums of g^2 by row and column, and all sums that need nothing of this step."""
+    def pass_1(self, *, goes_on: bool) -> None:
+        """Sums of g^2 by row and column, and all sums that need nothing of this step.
+
+        Args:
+            goes_on: whether no other rank adds to the sums, and moments, factors and pass 2 come next: a backend may
+                do all that for a parameter while its gradient is in the cache. Then the calls for them do nothing more.
+        """
 
     def update_moments(self) -> None:
         """The factored moments after this step, from the sums of all ranks, into ``new_moments``."""

@@ -85,10 +85,12 @@ class ProdigyPlusNumbers(StepNumbers):
         h, self.d = self.hyper, numbers["d"].clone()
         shared = numbers["shared_d"]
         delta = torch.where(shared > 0, shared, self.d) * h["lr"]
-        radam_beta2, rectification = second_moment.radam(self.k, h["beta2"])
-        corrects = h["use_bias_correction"] > 0
-        self.beta2 = torch.where(corrects, radam_beta2, h["beta2"])
-        self.delta = torch.where(corrects, delta * rectification, delta)
+        self.beta2, self.delta = h["beta2"], delta
+        if any(group["use_bias_correction"] for group in groups):
+            radam_beta2, rectification = second_moment.radam(self.k, h["beta2"])
+            corrects = h["use_bias_correction"] > 0
+            self.beta2 = torch.where(corrects, radam_beta2, h["beta2"])
+            self.delta = torch.where(corrects, delta * rectification, delta)
         self.c, self.q, self._weight_sum = averaging.averaging_weight(
             self.delta, numbers["weight_sum"], h["beta1"], h["schedulefree_c"]
         )

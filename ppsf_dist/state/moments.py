@@ -21,11 +21,14 @@ from ppsf_dist.state.writes import Write
 
 @dataclass(frozen=True)
 class Placed:
-    """Where one parameter's R and C lie in the buffer."""
+    """Where one parameter's R and C lie in the buffer, and how much of the tables beside it comes before its part."""
 
     factoring: Factoring
     row: slice
     col: slice
+    rows: int
+    cells: int
+    ordered: int
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,15 @@ class FactoredMoments:
         self.placed: list[Placed | None] = []
         slot_of, inverse_n, low_precision = [], [], []
         ordered, lengths, cell_of, own_mean, row_index = [], [], [], [], []
-        start = cells = 0
+        start = cells = rows_before = ordered_before = 0
         for index, slot in enumerate(slots):
             if slot is None:
                 self.placed.append(None)
                 continue
             axes, quirks, dtype = slot
             rows, cols = math.prod(axes.row_shape), math.prod(axes.col_shape)
-            placed = Placed(axes, slice(start, start + rows), slice(start + rows, start + rows + cols))
-            self.placed.append(placed)
+            row, col = slice(start, start + rows), slice(start + rows, start + rows + cols)
+            self.placed.append(Placed(axes, row, col, rows_before, cells, ordered_before))
             slot_of.append(torch.full((rows + cols,), index))
             inverse_n.append(torch.full((rows,), 1 / axes.shape[axes.dr]))
             inverse_n.append(torch.full((cols,), 1 / axes.shape[axes.dc]))
@@ -104,7 +107,9 @@ class FactoredMoments:
                 ordered.append(by_cell.reshape(-1))
                 lengths.append(torch.full((len(by_cell),), n))
                 cells += len(by_cell)
+                ordered_before += by_cell.numel()
             start += rows + cols
+            rows_before += rows
 
         def joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
             return (torch.cat(parts) if parts else torch.empty(0)).to(dtype=dtype, device=device)

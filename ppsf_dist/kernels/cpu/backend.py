@@ -16,7 +16,18 @@ from torch import Tensor
 
 from ppsf_dist.kernels.cpu.library import Library
 from ppsf_dist.kernels.cpu.pieces import FLOATS, LIKE_WEIGHTS, SAMPLES, Place, flags_of, pieces_of
-from ppsf_dist.kernels.cpu.tables import ADDRESSES, COEFFICIENTS, SUMS, Job, MomentsTable, Pass, Piece, PlanTable, Task
+from ppsf_dist.kernels.cpu.tables import (
+    ADDRESSES,
+    COEFFICIENTS,
+    SUMS,
+    Job,
+    MomentsTable,
+    Pass,
+    Piece,
+    PlanTable,
+    Range,
+    Task,
+)
 from ppsf_dist.kernels.cpu.threads import Crew
 from ppsf_dist.kernels.interface import Buffers, KnownGates
 from ppsf_dist.methods.sums import Stat
@@ -26,6 +37,9 @@ from ppsf_dist.state.inventory import needed
 from ppsf_dist.state.moments import FactoredMoments
 from ppsf_dist.state.samples import count_in
 from ppsf_dist.state.writes import Writes
+
+IN_CACHE = 1 << 19
+"""Elements of gradients that a core finds again in its cache, a megabyte or two."""
 
 State = Mapping[Tensor, Mapping[str, Any]]
 
@@ -58,7 +72,7 @@ class NativeKernels:
                     place = Place(row, slot, ordinal, element, sample)
                     pieces += pieces_of(box, place, flags, switch.slice_p, moments)
                 element, sample = element + box.numel, sample + count_in(box, switch.slice_p)
-        pieces.sort(key=lambda piece: piece.round)
+        pieces.sort(key=lambda piece: (piece.round, piece.slot))
         return NativePasses(self._library, shards, switches, pieces, state, moments, buffers)
 
 
@@ -79,6 +93,12 @@ class NativePasses:
         self._pieces = (Piece * len(pieces))(*pieces)
         self._tasks, partial = _cut(library, self._pieces)
         self._batches = _batches(self._tasks)
+        self._whole = range_of(moments, range(len(moments.placed)))
+        self._stretches = _stretches(self._pieces, self._tasks, moments)
+        slots = {piece.slot for piece in pieces}
+        # Whether nobody else's parameters are factored.
+        self._owns_moments = all(of is None or slot in slots for slot, of in enumerate(moments.placed))
+        self._went_on = False
         self._partial = torch.empty(partial)
         self._results = torch.empty(len(self._tasks), SUMS, dtype=torch.float64)
         states = [
@@ -164,30 +184,48 @@ class NativePasses:
         self._crew.wait()
         self._gradients = []
 
-    def pass_1(self) -> None:
+    def pass_1(self, *, goes_on: bool) -> None:
+        # Several threads have more to do at once if nothing waits in between.
+        stretches = self._stretches if goes_on and torch.get_num_threads() == 1 else None
+        self._went_on = stretches is not None
+        if stretches is not None:
+            for first, last, range_ in stretches:
+                self._sum_squares(first, last)
+                self._library.update_moments(self._plan, self._moments, range_)
+                self._library.fill_factors(self._plan, self._moments, range_)
+                self._take_norms(first, last)
+            return
         for first, last in self._batches:
-            self._crew.finish(Pass.SUMS_OF_SQUARES, Job(first, last, 0))
-            self._library.add_partial(self._plan, first, last)
-        self._add_results(masks=False)
+            self._sum_squares(first, last)
+
+    def _sum_squares(self, first: int, last: int) -> None:
+        self._crew.finish(Pass.SUMS_OF_SQUARES, Job(first, last, 0))
+        self._library.add_partial(self._plan, first, last)
+        self._add_results(first, last)
+
+    def _take_norms(self, first: int, last: int) -> None:
+        self._crew.finish(Pass.NORMS, Job(first, last, 0))
+        self._add_results(first, last)
 
     def pass_2(self) -> None:
-        if self._norms:
-            self._crew.finish(Pass.NORMS, Job(0, len(self._tasks), 0))
-            self._add_results(masks=False)
+        if self._norms and not self._went_on:
+            self._take_norms(0, len(self._tasks))
 
     def count_masks(self) -> None:
         if self._masks:
             self._crew.finish(Pass.MASKS, Job(0, len(self._tasks), 0))
-            self._add_results(masks=True)
+            self._add_results(0, len(self._tasks), masks=True)
 
-    def _add_results(self, *, masks: bool) -> None:
-        self._library.add_results(self._plan, len(self._tasks), int(Stat.LARGEST_SQUARE), int(masks))
+    def _add_results(self, first: int, last: int, *, masks: bool = False) -> None:
+        self._library.add_results(self._plan, first, last, int(Stat.LARGEST_SQUARE), int(masks))
 
     def update_moments(self) -> None:
-        self._library.update_moments(self._plan, self._moments)
+        if not (self._went_on and self._owns_moments):
+            self._library.update_moments(self._plan, self._moments, self._whole)
 
     def fill_factors(self) -> None:
-        self._library.fill_factors(self._plan, self._moments)
+        if not (self._went_on and self._owns_moments):
+            self._library.fill_factors(self._plan, self._moments, self._whole)
 
     def write_moments(self, writes: Writes) -> None:
         self._library.write_moments(self._plan, self._moments)
@@ -245,3 +283,41 @@ def _batches(tasks: ctypes.Array[Task]) -> list[tuple[int, int]]:
     """First and last task of each batch."""
     firsts = [i for i, task in enumerate(tasks) if i == 0 or task.batch != tasks[i - 1].batch]
     return list(zip(firsts, [*firsts[1:], len(tasks)], strict=True))
+
+
+def _stretches(
+    pieces: ctypes.Array[Piece], tasks: ctypes.Array[Task], moments: FactoredMoments
+) -> list[tuple[int, int, Range]] | None:
+    """Tasks of some parameters whose gradients fit a cache together, from and to, and the moments of these.
+
+    None where a parameter comes in several rounds: its moments have to wait for the last.
+    """
+    if any(piece.round for piece in pieces):
+        return None
+    found: list[tuple[int, int, Range]] = []
+    first, elements = 0, 0
+    for number, task in enumerate(tasks):
+        slot, before = pieces[task.piece].slot, pieces[tasks[number - 1].piece].slot
+        whole = number > 0 and slot != before
+        if whole and (elements > IN_CACHE or task.batch != tasks[number - 1].batch):
+            found.append((first, number, range_of(moments, range(pieces[tasks[first].piece].slot, before + 1))))
+            first, elements = number, 0
+        elif not whole and number and task.batch != tasks[number - 1].batch:
+            return None
+        elements += (task.last_line - task.first_line) * (task.end - task.begin)
+    last = pieces[tasks[len(tasks) - 1].piece].slot
+    found.append((first, len(tasks), range_of(moments, range(pieces[tasks[first].piece].slot, last + 1))))
+    return found
+
+
+def range_of(moments: FactoredMoments, slots: range) -> Range:
+    """The part of the buffer that belongs to parameters that follow each other."""
+    ends = [len(moments), len(moments.rows), len(moments.lengths), len(moments.ordered)]
+
+    def before(slot: int) -> list[int]:
+        placed = next((of for of in moments.placed[slot:] if of is not None), None)
+        return ends if placed is None else [placed.row.start, placed.rows, placed.cells, placed.ordered]
+
+    begin, end = before(slots.start), before(slots.stop)
+    pairs = [(ctypes.c_int64 * 2)(*pair) for pair in zip(begin[:3], end[:3], strict=True)]
+    return Range(value=pairs[0], row=pairs[1], cell=pairs[2], ordered=begin[3])

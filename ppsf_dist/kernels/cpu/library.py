@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ppsf_dist.kernels.cpu.source import BUILT, Unavailable, compile_into, file_name
-from ppsf_dist.kernels.cpu.tables import Job, MomentsTable, Piece, PlanTable, Task
+from ppsf_dist.kernels.cpu.tables import Job, MomentsTable, Piece, PlanTable, Range, Task
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +37,9 @@ class Library:
             functions = ctypes.CDLL(str(path))
         except OSError as error:
             raise Unavailable(f"{path} does not load: {error}") from error
-        sizes = (ctypes.c_int64 * 5)()
+        sizes = (ctypes.c_int64 * 6)()
         functions.ppsf_sizes(sizes)
-        if list(sizes) != [ctypes.sizeof(table) for table in (Piece, Task, Job, PlanTable, MomentsTable)]:
+        if list(sizes) != [ctypes.sizeof(table) for table in (Piece, Task, Job, PlanTable, MomentsTable, Range)]:
             raise Unavailable(f"{path} was made from another source")
         plan, moments, count = ctypes.POINTER(PlanTable), ctypes.POINTER(MomentsTable), ctypes.c_int64
         pieces, tasks, job = ctypes.POINTER(Piece), ctypes.POINTER(Task), ctypes.POINTER(Job)
@@ -52,9 +52,9 @@ class Library:
         self.cut = function("cut", pieces, count, tasks, count, ctypes.POINTER(count), returns=count)
         self.run = function("run", plan, ctypes.c_int, job)
         self.add_partial = function("add_partial", plan, count, count)
-        self.add_results = function("add_results", plan, count, count, ctypes.c_int)
-        self.update_moments = function("update_moments", plan, moments)
-        self.fill_factors = function("fill_factors", plan, moments)
+        self.add_results = function("add_results", plan, count, count, count, ctypes.c_int)
+        self.update_moments = function("update_moments", plan, moments, ctypes.POINTER(Range))
+        self.fill_factors = function("fill_factors", plan, moments, ctypes.POINTER(Range))
         self.write_moments = function("write_moments", plan, moments)
         self.is_packed = function("is_packed", plan, count, returns=ctypes.c_int)
         self.pack = function("pack", plan, count)

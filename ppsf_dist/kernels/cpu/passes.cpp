@@ -571,27 +571,27 @@ void pass_3(const Plan& plan, const Task& task, double*) {
 
 // ---- Factored moments ----
 
-void update_moments(const Plan& plan, const Moments& m) {
+void update_moments(const Plan& plan, const Moments& m, const Range& range) {
     const float *beta2 = plan.coefficients + plan.rows[BETA2] * plan.slots,
                 *weight = plan.coefficients + plan.rows[SQUARE_WEIGHT] * plan.slots;
-    for (int64_t i = 0; i < m.count; i++) {
+    for (int64_t i = range.value[0]; i < range.value[1]; i++) {
         const int64_t slot = m.slot_of[i];
         const float square = plan.sums[i] * m.inverse_n[i];
         m.after[i] = ema(m.values[i], beta2[slot], weight[slot], square, m.in_bf16 && m.in_bf16[i]);
     }
 }
 
-void fill_factors(const Plan& plan, const Moments& m) {
+void fill_factors(const Plan& plan, const Moments& m, const Range& range) {
     constexpr float GUARD = 1e-30f;
     auto moment = [&](int64_t i) { return m.adopt && m.adopt[m.slot_of[i]] ? m.values[i] : m.after[i]; };
-    for (int64_t i = 0; i < m.count; i++) plan.factors[i] = __builtin_sqrtf(moment(i));
-    const int64_t* ordered = m.ordered;
-    for (int64_t cell = 0; cell < m.cells; cell++) {
+    for (int64_t i = range.value[0]; i < range.value[1]; i++) plan.factors[i] = __builtin_sqrtf(moment(i));
+    const int64_t* ordered = m.ordered + range.ordered;
+    for (int64_t cell = range.cell[0]; cell < range.cell[1]; cell++) {
         double sum = 0;
         for (int64_t i = 0; i < m.lengths[cell]; i++) sum += double(moment(*ordered++));
         m.means[cell] = float(sum / double(m.lengths[cell]));
     }
-    for (int64_t k = 0; k < m.rows; k++) {
+    for (int64_t k = range.row[0]; k < range.row[1]; k++) {
         const float row = moment(m.row[k]);
         plan.factors[m.row[k]] = __builtin_sqrtf(row / ((m.own_mean[k] ? row : m.means[m.cell_of[k]]) + GUARD));
     }
@@ -679,7 +679,7 @@ using namespace ppsf;
 // The sizes of what Python mirrors.
 EXPORTED void ppsf_sizes(int64_t* sizes) {
     sizes[0] = sizeof(Piece), sizes[1] = sizeof(Task), sizes[2] = sizeof(Job), sizes[3] = sizeof(Plan);
-    sizes[4] = sizeof(Moments);
+    sizes[4] = sizeof(Moments), sizes[5] = sizeof(Range);
 }
 
 // Cuts pieces, which come sorted by round, into tasks; returns how many. Writes them if there is room, and into `needed`
@@ -740,19 +740,23 @@ EXPORTED void ppsf_run(const Plan* plan, int pass, Job* job) {
 // After the tasks of a batch of pass 1.
 EXPORTED void ppsf_add_partial(const Plan* plan, int64_t first, int64_t last) { add_partial(*plan, first, last); }
 
-// After all tasks of a pass: their sums, in order, into the table of statistics, or that of masks.
-EXPORTED void ppsf_add_results(const Plan* plan, int64_t tasks, int64_t first_column, int masks) {
-    for (int64_t t = 0; t < tasks; t++) {
+// After some tasks of a pass: their sums, in order, into the table of statistics, or that of masks.
+EXPORTED void ppsf_add_results(const Plan* plan, int64_t first, int64_t last, int64_t first_column, int masks) {
+    for (int64_t t = first; t < last; t++) {
         double* row = (masks ? plan->masks : plan->stats) + plan->pieces[plan->tasks[t].piece].slot * plan->stat_columns;
         for (int sum = 0; sum < SUMS; sum++) row[first_column + sum] += plan->results[t * SUMS + sum];
     }
 }
 
-// The factored moments after a step, beside the old ones; their factors; and the new ones in place of the old where a
-// parameter's gate is open.
-EXPORTED void ppsf_update_moments(const Plan* plan, const Moments* moments) { update_moments(*plan, *moments); }
+// The factored moments of some parameters after a step, beside the old ones; their factors; and the new ones of all in
+// place of the old where a parameter's gate is open.
+EXPORTED void ppsf_update_moments(const Plan* plan, const Moments* moments, const Range* range) {
+    update_moments(*plan, *moments, *range);
+}
 
-EXPORTED void ppsf_fill_factors(const Plan* plan, const Moments* moments) { fill_factors(*plan, *moments); }
+EXPORTED void ppsf_fill_factors(const Plan* plan, const Moments* moments, const Range* range) {
+    fill_factors(*plan, *moments, *range);
+}
 
 EXPORTED void ppsf_write_moments(const Plan* plan, const Moments* m) {
     for (int64_t i = 0; i < m->count; i++)

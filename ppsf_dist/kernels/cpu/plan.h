@@ -119,4 +119,9 @@ struct Moments {
     float* means;
 };
 
+// The part of it that belongs to some parameters: values, rows, cells and the values of cells, from and to.
+struct Range {
+    int64_t value[2], row[2], cell[2], ordered;
+};
+
 }  // namespace ppsf

@@ -113,5 +113,11 @@ class MomentsTable(ctypes.Structure):
     ]
 
 
+class Range(ctypes.Structure):
+    """The part of it that belongs to some parameters, from and to."""
+
+    _fields_ = [*[(name, c_int64 * 2) for name in ("value", "row", "cell")], ("ordered", c_int64)]
+
+
 SUMS = 11
 """How many sums a task makes: those of :class:`ppsf_dist.methods.sums.Stat` from LARGEST_SQUARE on."""

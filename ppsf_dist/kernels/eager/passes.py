@@ -61,7 +61,7 @@ class EagerPasses:
         for work in self.works:
             work.release()
 
-    def pass_1(self) -> None:
+    def pass_1(self, *, goes_on: bool) -> None:
         sums, stats = self._buffers.sums, self._buffers.stats
         for work in self.works:
             if not work.owned:
