@@ -143,7 +143,8 @@ inline float lerp(float from, float to, float weight) {
 }
 
 // y and z after a step along u.
-APART void move(const Piece& piece, const Numbers& c, const float* y, const float* z, int64_t n, float* u, float* new_y, float* new_z) {
+APART void move(const Piece& piece, const Numbers& c, const float* y, const float* z, int64_t n, float* u, float* new_y,
+                float* new_z) {
     const int64_t flags = piece.flags;
     const float delta = c.of[DELTA], q = c.of[Q];
     const bool decays_apart = (flags & DECAYS) && !(flags & DECAYS_BY_LR);

@@ -1,0 +1,183 @@
+// Pass 1: sums of squares by row and column, and all sums that need nothing of this step.
+#pragma once
+#include "walk.h"
+
+namespace ppsf {
+namespace {
+
+// Of some lines of squares: the sum of each, and added to `along` the sums of their elements.
+template <class T, int64_t N>
+void line_sums_of(const T* g, int64_t lines, float* of_line, float* along) {
+    alignas(64) float total[N] = {};
+    for (int64_t l = 0; l < lines; l++, g += N) {
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < N; j++) {
+            const float x = load(g[j]), square = x * x;
+            total[j] += square;
+            sum += square;
+        }
+        of_line[l] = sum;
+    }
+    for (int64_t j = 0; j < N; j++) along[j] += total[j];
+}
+
+template <class T>
+__attribute__((noinline)) void line_sums(const T* g, int64_t n, int64_t lines, float* of_line, float* along) {
+    if (n == 8) return line_sums_of<T, 8>(g, lines, of_line, along);
+    if (n == 16) return line_sums_of<T, 16>(g, lines, of_line, along);
+    if (n == 32) return line_sums_of<T, 32>(g, lines, of_line, along);
+    if (n == 64) return line_sums_of<T, 64>(g, lines, of_line, along);
+    int64_t l = 0;
+    for (; l + 4 <= lines; l += 4) {
+        const T *g0 = g + l * n, *g1 = g0 + n, *g2 = g1 + n, *g3 = g2 + n;
+        float a0 = 0, a1 = 0, a2 = 0, a3 = 0;
+#pragma omp simd reduction(+ : a0, a1, a2, a3)
+        for (int64_t j = 0; j < n; j++) {
+            float x0 = load(g0[j]), x1 = load(g1[j]), x2 = load(g2[j]), x3 = load(g3[j]);
+            x0 *= x0, x1 *= x1, x2 *= x2, x3 *= x3;
+            a0 += x0, a1 += x1, a2 += x2, a3 += x3;
+            along[j] += (x0 + x1) + (x2 + x3);
+        }
+        of_line[l] = a0, of_line[l + 1] = a1, of_line[l + 2] = a2, of_line[l + 3] = a3;
+    }
+    for (; l < lines; l++) {
+        float a = 0;
+#pragma omp simd reduction(+ : a)
+        for (int64_t j = 0; j < n; j++) {
+            float x = load(g[l * n + j]);
+            x *= x;
+            a += x;
+            along[j] += x;
+        }
+        of_line[l] = a;
+    }
+}
+
+// A matrix: rows and columns of some of its lines.
+template <class T>
+void matrix_sums(const Plan& plan, const Piece& piece, const T* g, int64_t first, int64_t last, float* along, double* result) {
+    constexpr int64_t AT_ONCE = 64;
+    const int64_t stride = piece.row_step ? piece.col_stride[0] : piece.row_stride[0];
+    float of_line[AT_ONCE];
+    for (int64_t l = first; l < last; l += AT_ONCE) {
+        const int64_t lines = last - l < AT_ONCE ? last - l : AT_ONCE;
+        line_sums(g + (l - first) * piece.n, piece.n, lines, of_line, along);
+        float* sums = plan.sums + (piece.row_step ? piece.col : piece.row) + l * stride;
+        double total = 0;
+        for (int64_t i = 0; i < lines; i++) sums[i * stride] += of_line[i], total += double(of_line[i]);
+        result[GG] += total;
+        keep_largest(result + LARGEST_SQUARE, largest(of_line, lines));
+    }
+}
+
+// Any other factored piece, line by line, in fp64: rows, then columns of the whole parameter.
+APART void line_sums_anywhere(const Piece& piece, const float* g, int64_t begin, int64_t n, const Line& line, double* rows,
+                              double* result) {
+    double *row = rows + line.row - piece.first_row + begin * piece.row_step,
+           *col = rows + piece.row_count + line.col - piece.first_col + begin * piece.col_step;
+    for (int64_t j = 0; j < n; j++) {
+        const double square = g[j] * g[j];
+        row[j * piece.row_step] += square;
+        col[j * piece.col_step] += square;
+        result[GG] += square;
+    }
+    keep_largest(result + LARGEST_SQUARE, largest_square(g, n));
+}
+
+// The sums over some samples: of a block, or of a longer stretch of a flat piece.
+template <class T>
+__attribute__((noinline)) void statistics(const Piece& piece, const Numbers& c, const Memory<T>& memory, const Block& b,
+                                          double* result) {
+    Samples of;
+    const T* g = memory.g ? memory.g + b.at : nullptr;
+    const T *y = memory.y + b.at, *point = piece.flags & SCHEDULEFREE ? memory.z + b.at : y;
+    for (int64_t first = 0; first < b.count; first += SAMPLES) {
+        const int64_t count = b.count - first < SAMPLES ? b.count - first : SAMPLES;
+        const int64_t at = b.phase + first * piece.slice_p, sample = b.sample + first;
+        if (g) gather(g + at, count, piece.slice_p, of.g);
+        else memset(of.g, 0, sizeof(float) * count);
+        if (memory.packed) load_samples(memory.packed, piece.flags & WEIGHTS_IN_BF16, sample, count, of.point);
+        else gather(point + at, count, piece.slice_p, of.point);
+        if (piece.flags & COUPLED_DECAY) {
+            gather(y + at, count, piece.slice_p, of.p0);
+            for (int64_t m = 0; m < count; m++) of.g[m] = of.p0[m] * c.of[WEIGHT_DECAY] + of.g[m];
+        }
+        load_samples(memory.p0, piece.flags & P0_IN_BF16, sample, count, of.p0);
+        if (!(piece.flags & SPEED)) load_samples(memory.s, piece.flags & S_IN_BF16, sample, count, of.s);
+        sample_sums(piece, c, of, count, result);
+    }
+}
+
+template <class T>
+void pass_1(const Plan& plan, const Task& task, double* result) {
+    const Piece& piece = plan.pieces[task.piece];
+    const int64_t flags = piece.flags, n = task.end - task.begin;
+    const Numbers c = numbers_of(plan, piece.slot);
+    const Memory<T> memory = memory_of<T>(plan, piece);
+    const bool early = (flags & CAUTIOUS) && !(flags & SCHEDULEFREE);
+    const bool fast = (flags & FACTORED) && (flags & MATRIX) && !(flags & COUPLED_DECAY) && (flags & OWNED);
+    alignas(64) float m[BLOCK];
+    Block b;
+    Floats floats;
+    float* along = nullptr;
+    if (fast) {
+        along = plan.sums + (piece.row_step ? piece.row : piece.col);
+        if (task.partial >= 0) {
+            along = plan.partial + task.partial;
+            memset(along, 0, sizeof(float) * piece.n);
+        }
+    } else if ((flags & FACTORED) && (flags & OWNED)) {
+        memset(plan.partial + task.partial, 0, sizeof(double) * (piece.row_count + piece.col_count));
+    }
+    // Few lines at a time, so that what follows their sums finds them in the cache.
+    const int64_t some = n < 4096 ? 16384 / n : 4;
+    Task part = task;
+    for (part.first_line = task.first_line; part.first_line < task.last_line; part.first_line = part.last_line) {
+        part.last_line = task.last_line - part.first_line < some ? task.last_line : part.first_line + some;
+        if (fast && memory.g)
+            matrix_sums(plan, piece, memory.g + part.first_line * piece.n, part.first_line, part.last_line, along, result);
+        if (fast && !early && !(flags & STATISTICS)) continue;
+        const bool flat = (flags & FLAT) && (flags & STATISTICS) && (flags & OWNED);
+        if (flat) statistics(piece, c, memory, stretch(piece, part), result);
+        if (fast && flat && !early) {
+            part.sample += samples_in(piece.index + part.first_line * piece.n + part.begin, length(piece, part), piece.slice_p);
+            continue;
+        }
+        Blocks blocks(plan, part, false);
+        while (blocks.next(b)) {
+            if (!fast) {
+                load_block(piece, c, memory, b, false, floats);
+                const float* g = floats.g;
+                if (flags & FACTORED && flags & OWNED) {
+                    double* rows = reinterpret_cast<double*>(plan.partial + task.partial);
+                    for (int64_t j = 0; j < b.n;) {
+                        const int64_t at = b.at + j, line = at / piece.n, begin = at % piece.n;
+                        const int64_t rest = piece.n - begin < b.n - j ? piece.n - begin : b.n - j;
+                        line_sums_anywhere(piece, g + j, begin, rest, line_of(piece, line), rows, result);
+                        j += rest;
+                    }
+                } else {
+                    keep_largest(result + LARGEST_SQUARE, largest_square(g, b.n));
+                    result[GG] += square_sum(g, b.n);
+                }
+            }
+            if (!(flags & OWNED)) continue;
+            if ((flags & STATISTICS) && !flat) statistics(piece, c, memory, b, result);
+            if (early) {
+                load_block(piece, c, memory, b, false, floats);
+                momentum(piece, c, floats, b.n, m);
+                result[EARLY_MASK] += double(aligned(floats.g, m, b.n));
+            }
+        }
+        part.sample = blocks.sample;
+    }
+    if (!(flags & OWNED)) {
+        // A replica adds nothing to the sums, unless its gradient is not finite.
+        result[GG] = 0;
+        if (result[LARGEST_SQUARE] - result[LARGEST_SQUARE] == 0) result[LARGEST_SQUARE] = 0;
+    }
+}
+
+}  // namespace
+}  // namespace ppsf

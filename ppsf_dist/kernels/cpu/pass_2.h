@@ -1,0 +1,97 @@
+// Pass 2: norms of the direction; and the size of the mask of the schedule-free cautious update.
+#pragma once
+#include "walk.h"
+
+namespace ppsf {
+namespace {
+
+// The most common direction: a factored second moment, Schedule-Free.
+constexpr int64_t COMMON = SCHEDULEFREE | SECOND_MOMENT | FACTORED;
+constexpr int64_t UNCOMMON = ATAN2 | COUPLED_DECAY;
+
+template <class T>
+float common_norm(const T* g, const Block& b, float eps) {
+    float sum = 0;
+    const float across = b.across, *along = b.along;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < b.n; j++) {
+        const float u = load(g[j]) / (across * along[j] + eps);
+        sum += u * u;
+    }
+    return sum;
+}
+
+// Of four lines of a matrix at once: memory is faster in several places.
+template <class T>
+__attribute__((noinline)) double common_norms(const T* g, int64_t n, const float* across, int64_t stride,
+                                              const float* along, float eps) {
+    const T *g0 = g, *g1 = g0 + n, *g2 = g1 + n, *g3 = g2 + n;
+    const float a0 = across[0], a1 = across[stride], a2 = across[2 * stride], a3 = across[3 * stride];
+    double total = 0;
+    for (int64_t begin = 0; begin < n; begin += BLOCK) {
+        const int64_t end = n - begin < BLOCK ? n : begin + BLOCK;
+        float sum0 = 0, sum1 = 0;
+#pragma omp simd reduction(+ : sum0, sum1)
+        for (int64_t j = begin; j < end; j++) {
+            const float u0 = load(g0[j]) / (a0 * along[j] + eps), u1 = load(g1[j]) / (a1 * along[j] + eps);
+            const float u2 = load(g2[j]) / (a2 * along[j] + eps), u3 = load(g3[j]) / (a3 * along[j] + eps);
+            sum0 += u0 * u0 + u1 * u1, sum1 += u2 * u2 + u3 * u3;
+        }
+        total += double(sum0) + double(sum1);
+    }
+    return total;
+}
+
+template <class T>
+void pass_2(const Plan& plan, const Task& task, double* result) {
+    const Piece& piece = plan.pieces[task.piece];
+    if (!(piece.flags & OWNED) || !(piece.flags & NEEDS_NORMS)) return;
+    const Numbers c = numbers_of(plan, piece.slot);
+    const Memory<T> memory = memory_of<T>(plan, piece);
+    const bool common = (piece.flags & (COMMON | UNCOMMON)) == COMMON;
+    Block b;
+    Floats floats;
+    Direction d;
+    Task rest = task;
+    if (common && (piece.flags & MATRIX) && piece.n >= SHORT && memory.g) {
+        const bool rows = !piece.row_step;
+        const int64_t stride = rows ? piece.row_stride[0] : piece.col_stride[0];
+        const float* across = plan.factors + (rows ? piece.row : piece.col);
+        const float* along = plan.factors + (rows ? piece.col : piece.row);
+        for (int64_t& l = rest.first_line; l + 4 <= task.last_line; l += 4)
+            result[UU] += common_norms(memory.g + l * piece.n, piece.n, across + l * stride, stride, along, c.of[D_EPS]);
+    }
+    Blocks blocks(plan, rest, piece.flags & FACTORED);
+    while (blocks.next(b)) {
+        if (common) {
+            result[UU] += common_norm(memory.gradient(b.at), b, c.of[D_EPS]);
+        } else {
+            load_block(piece, c, memory, b, false, floats);
+            direction(piece, c, floats, b, d);
+            result[UU] += square_sum(d.u, b.n);
+        }
+    }
+}
+
+template <class T>
+void count_masks(const Plan& plan, const Task& task, double* result) {
+    const Piece& piece = plan.pieces[task.piece];
+    if (!(piece.flags & OWNED) || !(piece.flags & CAUTIOUS) || !(piece.flags & SCHEDULEFREE)) return;
+    const Numbers c = numbers_of(plan, piece.slot);
+    const Memory<T> memory = memory_of<T>(plan, piece);
+    alignas(64) float step[BLOCK];
+    Block b;
+    Floats floats;
+    Direction d;
+    Blocks blocks(plan, task, piece.flags & FACTORED);
+    while (blocks.next(b)) {
+        load_block(piece, c, memory, b, true, floats);
+        direction(piece, c, floats, b, d);
+        finish(piece, c, floats.y, b.n, d.u);
+        masked_step(c, d.u, floats.y, floats.z, b.n, step);
+        result[LATE_MASK] += double(aligned(d.u, step, b.n));
+    }
+}
+
+}  // namespace
+}  // namespace ppsf

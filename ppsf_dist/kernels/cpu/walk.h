@@ -1,0 +1,182 @@
+// The way over everything: pieces, lines, blocks, and where their numbers and memory are.
+#pragma once
+#include "block.h"
+
+namespace ppsf {
+namespace {
+
+// Lines shorter than this are computed several at once.
+constexpr int64_t SHORT = 192;
+
+// Where a line lies.
+struct Line {
+    int64_t index, row, col;
+};
+
+Line line_of(const Piece& piece, int64_t number) {
+    Line line = {piece.index, piece.row, piece.col};
+    for (int64_t axis = piece.axes - 1; axis >= 0; axis--) {
+        const int64_t at = axis ? number % piece.size[axis] : number;
+        if (axis) number /= piece.size[axis];
+        line.index += at * piece.index_stride[axis];
+        line.row += at * piece.row_stride[axis];
+        line.col += at * piece.col_stride[axis];
+    }
+    return line;
+}
+
+int64_t phase_of(int64_t index, int64_t slice_p) {
+    const int64_t over = index % slice_p;
+    return over ? slice_p - over : 0;
+}
+
+int64_t samples_in(int64_t index, int64_t n, int64_t slice_p) {
+    const int64_t phase = phase_of(index, slice_p);
+    return phase < n ? (n - phase + slice_p - 1) / slice_p : 0;
+}
+
+// The root of the second moment along a line, as across * along[j].
+APART float factors_of(const float* factors, const Piece& piece, const Line& line, int64_t begin, int64_t n, float* beside,
+                       const float** along) {
+    const float *row = factors + line.row + begin * piece.row_step, *col = factors + line.col + begin * piece.col_step;
+    if (!piece.row_step) return *along = col, *row;
+    if (!piece.col_step) return *along = row, *col;
+    for (int64_t j = 0; j < n; j++) beside[j] = row[j] * col[j];
+    return *along = beside, 1.0f;
+}
+
+// The blocks of a task, in order.
+struct Blocks {
+    const Plan& plan;
+    const Task& task;
+    const Piece& piece;
+    const bool divides;  // whether the root of the second moment is wanted
+    int64_t line, begin, sample, index;
+    uint32_t phase;
+    alignas(64) float root[BLOCK];
+
+    Blocks(const Plan& plan, const Task& task, bool divides)
+        : plan(plan), task(task), piece(plan.pieces[task.piece]), divides(divides), line(task.first_line),
+          begin(task.begin), sample(task.sample), index(-1) {}
+
+    bool next(Block& b);
+};
+
+// The root of the second moment for each element of some lines of a matrix.
+template <int64_t N>
+void outer_product(const float* across, int64_t stride, const float* along, int64_t n, int64_t lines, float* root) {
+    n = N ? N : n;
+    for (int64_t l = 0; l < lines; l++, root += n)
+        for (int64_t j = 0; j < n; j++) root[j] = across[l * stride] * along[j];
+}
+
+APART void expand_roots(const Plan& plan, const Piece& piece, int64_t first, int64_t count, float* root) {
+    const int64_t n = piece.n;
+    if ((piece.flags & MATRIX) && piece.axes == 1) {
+        const bool rows = !piece.row_step;
+        const int64_t stride = rows ? piece.row_stride[0] : piece.col_stride[0];
+        const float *across = plan.factors + (rows ? piece.row : piece.col) + first * stride,
+                    *along = plan.factors + (rows ? piece.col : piece.row);
+        if (n == 8) return outer_product<8>(across, stride, along, n, count, root);
+        if (n == 16) return outer_product<16>(across, stride, along, n, count, root);
+        if (n == 32) return outer_product<32>(across, stride, along, n, count, root);
+        return outer_product<0>(across, stride, along, n, count, root);
+    }
+    for (int64_t l = 0; l < count; l++, root += n) {
+        const float* along;
+        const float across = factors_of(plan.factors, piece, line_of(piece, first + l), 0, n, root, &along);
+        for (int64_t j = 0; j < n; j++) root[j] = across * along[j];
+    }
+}
+
+__attribute__((noinline)) bool Blocks::next(Block& b) {
+    if (line >= task.last_line) return false;
+    b.at = line * piece.n + begin;
+    if (piece.n < SHORT && (piece.flags & FLAT)) {
+        const int64_t most = BLOCK / piece.n, count = task.last_line - line < most ? task.last_line - line : most;
+        if (divides) expand_roots(plan, piece, line, count, root);
+        b.n = count * piece.n, b.index = piece.index + b.at, b.across = 1.0f, b.along = root;
+        line += count;
+    } else {
+        const Line of = line_of(piece, line);
+        b.n = task.end - begin < BLOCK ? task.end - begin : BLOCK;
+        b.index = of.index + begin;
+        if (divides) b.across = factors_of(plan.factors, piece, of, begin, b.n, root, &b.along);
+        begin += b.n;
+        if (begin >= task.end) begin = task.begin, line++;
+    }
+    // A division of 64 bits only where a line begins.
+    if (b.index != index) phase = phase_of(b.index, piece.slice_p);
+    const uint32_t p = uint32_t(piece.slice_p), n = uint32_t(b.n);
+    b.sample = sample, b.phase = phase, b.count = phase < n ? (n - phase + p - 1) / p : 0;
+    sample += b.count, phase += uint32_t(b.count) * p - n, index = b.index + b.n;
+    return true;
+}
+
+// How many elements of a flat piece a task has.
+int64_t length(const Piece& piece, const Task& task) {
+    return (task.last_line - task.first_line - 1) * piece.n + task.end - task.begin;
+}
+
+// All of them at once.
+Block stretch(const Piece& piece, const Task& task) {
+    const int64_t at = task.first_line * piece.n + task.begin, n = length(piece, task), index = piece.index + at;
+    return {at, n, index, task.sample, phase_of(index, piece.slice_p), samples_in(index, n, piece.slice_p), 0, nullptr};
+}
+
+Numbers numbers_of(const Plan& plan, int64_t slot) {
+    Numbers c = {};
+    for (int name = 0; name < COEFFICIENTS; name++)
+        if (plan.rows[name] >= 0) c.of[name] = plan.coefficients[plan.rows[name] * plan.slots + slot];
+    c.amount = plan.scales[AMOUNT * plan.slots + slot];
+    c.mask = plan.scales[MASK * plan.slots + slot];
+    c.advance = plan.scales[ADVANCE * plan.slots + slot];
+    c.key = uint32_t(plan.keys[slot]);
+    return c;
+}
+
+// Samples stay where the shard's begin: blocks count them from there.
+template <class T>
+Memory<T> memory_of(const Plan& plan, const Piece& piece) {
+    const int64_t* at = plan.addresses + piece.shard * ADDRESSES;
+    auto tensor = [&](Address name) { return at[name] ? reinterpret_cast<T*>(at[name]) + piece.first : nullptr; };
+    return {tensor(WEIGHTS), tensor(Z), tensor(EXP_AVG), tensor(EXP_AVG_SQ), tensor(GRADIENT),
+            reinterpret_cast<const void*>(at[P0]), reinterpret_cast<void*>(at[S]), reinterpret_cast<T*>(at[PACKED_Z])};
+}
+
+// Largest of some numbers that are not negative; not finite if one of them is not.
+APART float largest(const float* x, int64_t n) {
+    int32_t most = 0;
+    for (int64_t j = 0; j < n; j++) {
+        const int32_t bits = int32_t(bits_of(x[j]) & 0x7fffffff);
+        most = bits > most ? bits : most;
+    }
+    return float_of(uint32_t(most));
+}
+
+APART float largest_square(const float* g, int64_t n) {
+    alignas(64) float squares[BLOCK];
+    for (int64_t j = 0; j < n; j++) squares[j] = g[j] * g[j];
+    return largest(squares, n);
+}
+
+APART double square_sum(const float* u, int64_t n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; j++) sum += u[j] * u[j];
+    return sum;
+}
+
+// How many elements have the same sign.
+APART int64_t aligned(const float* a, const float* b, int64_t n) {
+    int64_t count = 0;
+    for (int64_t j = 0; j < n; j++) count += a[j] * b[j] > 0;
+    return count;
+}
+
+void keep_largest(double* at, double x) {
+    if (!(x <= *at)) *at = *at != *at ? *at : x;
+}
+
+}  // namespace
+}  // namespace ppsf
