@@ -65,7 +65,8 @@ void load_block(const Piece& piece, const Numbers& c, const Memory<T>& memory, c
     f.g = floats(memory.gradient(b.at), b.n, f.copies[0]);
     f.y = all || (piece.flags & COUPLED_DECAY) ? of(memory.y, 1) : nullptr;
     if (piece.flags & COUPLED_DECAY) {
-        for (int64_t j = 0; j < b.n; j++) f.copies[0][j] = f.y[j] * c.of[WEIGHT_DECAY] + f.g[j];
+        const float decay = c.of[WEIGHT_DECAY], *y = f.y, *g = f.g;
+        for (int64_t j = 0; j < b.n; j++) f.copies[0][j] = y[j] * decay + g[j];
         f.g = f.copies[0];
     }
     f.z = all ? of(memory.z, 2) : nullptr, f.m = of(memory.m, 3), f.v = of(memory.v, 4);
@@ -76,14 +77,21 @@ inline float ema(float old, float beta, float weight, float x, bool half) {
     return half ? as_bf16(as_bf16(old * beta) + x * weight) : fused(x, weight, old * beta);
 }
 
+// The same for a block. Here and below no switch is asked inside a loop: then the compiler makes vectors of it.
+APART void ema(const float* old, float beta, float weight, const float* x, int64_t n, bool half, float* after) {
+    if (half)
+        for (int64_t j = 0; j < n; j++) after[j] = ema(old[j], beta, weight, x[j], true);
+    else
+        for (int64_t j = 0; j < n; j++) after[j] = ema(old[j], beta, weight, x[j], false);
+}
+
 // What a step makes of a block beside the weights: the direction in units of gain, and the moments after it.
 struct Direction {
     alignas(64) float u[BLOCK], m[BLOCK], v[BLOCK];
 };
 
 inline void momentum(const Piece& piece, const Numbers& c, const Floats& f, int64_t n, float* after) {
-    const bool half = piece.flags & WEIGHTS_IN_BF16;
-    for (int64_t j = 0; j < n; j++) after[j] = ema(f.m[j], c.of[BETA1], c.of[MOMENTUM_WEIGHT], f.g[j], half);
+    ema(f.m, c.of[BETA1], c.of[MOMENTUM_WEIGHT], f.g, n, piece.flags & WEIGHTS_IN_BF16, after);
 }
 
 inline float sign(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : 0.0f; }
@@ -96,31 +104,39 @@ APART void direction(const Piece& piece, const Numbers& c, const Floats& f, cons
         return;
     }
     if (flags & FACTORED) {
-        for (int64_t j = 0; j < n; j++) d.u[j] = b.across * b.along[j];
+        const float across = b.across, *along = b.along;
+        for (int64_t j = 0; j < n; j++) d.u[j] = across * along[j];
     } else {
         const bool half = flags & WEIGHTS_IN_BF16;
-        for (int64_t j = 0; j < n; j++) d.v[j] = ema(f.v[j], c.of[BETA2], c.of[SQUARE_WEIGHT], g[j] * g[j], half);
-        for (int64_t j = 0; j < n; j++) {
-            const float root = __builtin_sqrtf(d.v[j]);
-            d.u[j] = half ? as_bf16(root) : root;
-        }
+        for (int64_t j = 0; j < n; j++) d.u[j] = g[j] * g[j];
+        ema(f.v, c.of[BETA2], c.of[SQUARE_WEIGHT], d.u, n, half, d.v);
+        for (int64_t j = 0; j < n; j++) d.u[j] = __builtin_sqrtf(d.v[j]);
+        if (half)
+            for (int64_t j = 0; j < n; j++) d.u[j] = as_bf16(d.u[j]);
         if (flags & SGD_PHASE)
             for (int64_t j = 0; j < n; j++) d.u[j] *= c.of[ROOT];
     }
-    alignas(64) float numerator[BLOCK];
+    const float* numerator = g;
+    alignas(64) float other[BLOCK];
     if (!(flags & SCHEDULEFREE) && (flags & MOMENTUM)) {
         momentum(piece, c, f, n, d.m);
-        for (int64_t j = 0; j < n; j++)
-            numerator[j] = flags & CAUTIOUS ? d.m[j] * (g[j] * d.m[j] > 0 ? 1.0f : 0.0f)
-                           : flags & GRAMS  ? sign(g[j]) * __builtin_fabsf(d.m[j])
-                                            : d.m[j];
-    } else {
-        for (int64_t j = 0; j < n; j++) numerator[j] = flags & ATAN2 ? g[j] * c.of[D] : g[j];
+        numerator = d.m;
+        if (flags & (CAUTIOUS | GRAMS)) {
+            numerator = other;
+            if (flags & CAUTIOUS)
+                for (int64_t j = 0; j < n; j++) other[j] = d.m[j] * (g[j] * d.m[j] > 0 ? 1.0f : 0.0f);
+            else
+                for (int64_t j = 0; j < n; j++) other[j] = sign(g[j]) * __builtin_fabsf(d.m[j]);
+        }
+    } else if (flags & ATAN2) {
+        for (int64_t j = 0; j < n; j++) other[j] = g[j] * c.of[D];
+        numerator = other;
     }
+    const float eps = c.of[D_EPS];
     if (flags & ATAN2)
         for (int64_t j = 0; j < n; j++) d.u[j] = scaled_atan2(numerator[j], d.u[j]);
     else
-        for (int64_t j = 0; j < n; j++) d.u[j] = numerator[j] / (d.u[j] + c.of[D_EPS]);
+        for (int64_t j = 0; j < n; j++) d.u[j] = numerator[j] / (d.u[j] + eps);
 }
 
 // The direction with StableAdamW, the early mask and the weight decay of Schedule-Free.

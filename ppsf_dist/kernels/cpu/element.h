@@ -56,18 +56,25 @@ inline float fused(float a, float b, float c) {
 #endif
 }
 
+// The series of atan(t) / t in t^2, from its term number K on.
+template <int K>
+inline double arc_series(double square) {
+    constexpr double term = (K % 2 ? -1.0 : 1.0) / (2 * K + 1);
+    if constexpr (K == 12) return term;
+    else return term + square * arc_series<K + 1>(square);
+}
+
 // 4/pi atan2(a, b) for b >= 0, in fp64, so that one rounding remains.
 inline float scaled_atan2(float a, float b) {
     const double tan_of_eighth = 0.41421356237309503, quarter_pi = 0.78539816339744831;
-    const double size = a < 0 ? -double(a) : double(a), low = size < b ? size : b, high = size < b ? b : size;
+    const double size = __builtin_fabs(double(a)), other = b;
+    const bool steep = size > other;
+    const double low = steep ? other : size, high = steep ? size : other;
     const double ratio = low / (high > 0 ? high : 1.0);
     const bool folds = ratio > tan_of_eighth;
-    const double t = folds ? (ratio - 1) / (ratio + 1) : ratio, square = t * t;
-    double series = 0;
-    for (int k = 12; k >= 0; k--) series = (k % 2 ? -1.0 : 1.0) / (2 * k + 1) + square * series;
-    double angle = t * series + (folds ? quarter_pi : 0.0);
-    angle = size > b ? 2 * quarter_pi - angle : angle;
-    return float(a < 0 ? -angle : angle) * 1.2732395f;
+    const double t = folds ? (ratio - 1) / (ratio + 1) : ratio;
+    const double angle = t * arc_series<0>(t * t) + (folds ? quarter_pi : 0.0);
+    return __builtin_copysignf(float(steep ? 2 * quarter_pi - angle : angle), a) * 1.2732395f;
 }
 
 }  // namespace ppsf

@@ -76,12 +76,15 @@ APART void line_sums_anywhere(const Piece& piece, const float* g, int64_t begin,
                               double* result) {
     double *row = rows + line.row - piece.first_row + begin * piece.row_step,
            *col = rows + piece.row_count + line.col - piece.first_col + begin * piece.col_step;
-    for (int64_t j = 0; j < n; j++) {
-        const double square = g[j] * g[j];
-        row[j * piece.row_step] += square;
-        col[j * piece.col_step] += square;
-        result[GG] += square;
-    }
+    double sum = 0;
+    for (int64_t j = 0; j < n; j++) sum += double(g[j] * g[j]);
+    if (piece.row_step)
+        for (int64_t j = 0; j < n; j++) row[j] += double(g[j] * g[j]);
+    if (piece.col_step)
+        for (int64_t j = 0; j < n; j++) col[j] += double(g[j] * g[j]);
+    if (!piece.row_step) *row += sum;
+    if (!piece.col_step) *col += sum;
+    result[GG] += sum;
     keep_largest(result + LARGEST_SQUARE, largest_square(g, n));
 }
 

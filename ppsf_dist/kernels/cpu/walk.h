@@ -16,8 +16,14 @@ struct Line {
 Line line_of(const Piece& piece, int64_t number) {
     Line line = {piece.index, piece.row, piece.col};
     for (int64_t axis = piece.axes - 1; axis >= 0; axis--) {
-        const int64_t at = axis ? number % piece.size[axis] : number;
-        if (axis) number /= piece.size[axis];
+        int64_t at = number;
+        if (axis && number < INT32_MAX && piece.size[axis] < INT32_MAX) {
+            // Divisions of 32 bits are several times as fast.
+            const uint32_t small = uint32_t(number), size = uint32_t(piece.size[axis]);
+            at = small % size, number = small / size;
+        } else if (axis) {
+            at = number % piece.size[axis], number /= piece.size[axis];
+        }
         line.index += at * piece.index_stride[axis];
         line.row += at * piece.row_stride[axis];
         line.col += at * piece.col_stride[axis];
