@@ -64,7 +64,9 @@ def _one_thread() -> None:
     assert torch.get_num_threads() == 1
 
 
-@pytest.mark.parametrize(("name", "dtype"), LIMITS)
+@pytest.mark.parametrize(
+    ("name", "dtype"), LIMITS, ids=[f"{name}-{'fp32' if dtype == torch.float32 else 'bf16'}" for name, dtype in LIMITS]
+)
 def test_a_step_beside_fused_adamw(name: str, dtype: torch.dtype) -> None:
     limit = LIMITS[name, dtype]
     assert ratio(OURS, name, dtype, limit) <= limit

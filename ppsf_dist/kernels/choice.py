@@ -129,15 +129,16 @@ class ChosenKernels:
                 of_rows = some(shards, rows), some(slots, rows), some(switches, rows)
                 parts.append((kernels.prepare(*of_rows, moments, state, buffers), rows))
         uses = _uses(shards, reasons, kept=sum(passes.kept for passes, _ in parts))
-        self._tell(uses)
+        self._tell(uses, missing if buffers.sums.device.type == "cpu" and self._choice != "eager" else "")
         return ChosenPasses(parts, uses)
 
-    def _tell(self, uses: Sequence[Use]) -> None:
+    def _tell(self, uses: Sequence[Use], missing: str) -> None:
         """Say once for each reason that something is not native."""
         for use in uses:
             if use.why and use.why not in self._told:
                 self._told.add(use.why)
-                logger.info("kernels: %s", use)
+                # That a machine has none is worth more than that a switch needs others.
+                logger.log(logging.WARNING if use.why == missing else logging.INFO, "kernels: %s", use)
 
 
 def _uses(shards: Sequence[Shard], reasons: Sequence[str], *, kept: int) -> tuple[Use, ...]:

@@ -36,12 +36,14 @@ inline uint32_t mix(uint32_t x) {
     return x ^ (x >> 15);
 }
 
-// Up with the probability that makes the expectation x. From the largest number of bf16 on nothing is added: infinities
-// and NaN stay what they are, and a finite x stays finite.
-inline bf16 stochastic(float x, uint32_t sixteen_bits) {
+// The bits of x rounded, of which bf16 keeps the upper half: to the nearest, or up with the probability that makes the
+// expectation x. From the largest number of bf16 on nothing is added: infinities and NaN stay what they are, and a finite
+// x stays finite.
+template <bool STOCHASTIC>
+inline uint32_t rounded(float x, uint32_t sixteen_bits) {
     const uint32_t bits = bits_of(x);
-    const uint32_t added = int32_t(bits & 0x7fffffff) < 0x7f7f0000 ? sixteen_bits : 0;
-    return bf16((bits + added) >> 16);
+    if (!STOCHASTIC) return uint32_t(nearest(x)) << 16;
+    return bits + (int32_t(bits & 0x7fffffff) < 0x7f7f0000 ? sixteen_bits : 0);
 }
 
 inline void store(float* at, float x) { *at = x; }

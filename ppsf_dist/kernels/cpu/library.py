@@ -60,13 +60,28 @@ class Library:
         self.pack = function("pack", plan, count)
 
 
-@functools.cache
 def load() -> Library:
-    """The library for this process's CPU.
+    """The library for this process's CPU. A process looks for it once.
 
     Raises:
         Unavailable: there is none, and none can be made.
     """
+    known = found()
+    if isinstance(known, Unavailable):
+        raise Unavailable(str(known))
+    return known
+
+
+@functools.cache
+def found() -> Library | Unavailable:
+    """What :func:`load` gives or raises."""
+    try:
+        return _find()
+    except Unavailable as error:
+        return error
+
+
+def _find() -> Library:
     instructions = torch.backends.cpu.get_cpu_capability()
     name = file_name(instructions)
     shipped = BUILT / name

@@ -74,17 +74,20 @@ void matrix_sums(const Plan& plan, const Piece& piece, const T* g, int64_t first
 // Any other factored piece, line by line, in fp64: rows, then columns of the whole parameter.
 APART void line_sums_anywhere(const Piece& piece, const float* g, int64_t begin, int64_t n, const Line& line, double* rows,
                               double* result) {
-    double *row = rows + line.row - piece.first_row + begin * piece.row_step,
-           *col = rows + piece.row_count + line.col - piece.first_col + begin * piece.col_step;
-    double sum = 0;
-    for (int64_t j = 0; j < n; j++) sum += double(g[j] * g[j]);
-    if (piece.row_step)
-        for (int64_t j = 0; j < n; j++) row[j] += double(g[j] * g[j]);
-    if (piece.col_step)
-        for (int64_t j = 0; j < n; j++) col[j] += double(g[j] * g[j]);
-    if (!piece.row_step) *row += sum;
-    if (!piece.col_step) *col += sum;
-    result[GG] += sum;
+    each_part(piece, begin, n, [&](int64_t at, int64_t count, int64_t of_row, int64_t of_col) {
+        double* row = rows + line.row - piece.first_row + of_row;
+        double* col = rows + piece.row_count + line.col - piece.first_col + of_col;
+        const float* part = g + at;
+        double sum = 0;
+        for (int64_t j = 0; j < count; j++) sum += double(part[j] * part[j]);
+        if (piece.row_step)
+            for (int64_t j = 0; j < count; j++) row[j] += double(part[j] * part[j]);
+        if (piece.col_step)
+            for (int64_t j = 0; j < count; j++) col[j] += double(part[j] * part[j]);
+        if (!piece.row_step) *row += sum;
+        if (!piece.col_step) *col += sum;
+        result[GG] += sum;
+    });
     keep_largest(result + LARGEST_SQUARE, largest_square(g, n));
 }
 

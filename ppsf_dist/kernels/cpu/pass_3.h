@@ -5,22 +5,27 @@
 namespace ppsf {
 namespace {
 
-template <class T>
-void store_floats(const float* from, int64_t n, T* to) {
-    for (int64_t j = 0; j < n; j++) store(to + j, from[j]);
+APART void store_floats(const float* from, int64_t n, float* to) {
+    for (int64_t j = 0; j < n; j++) to[j] = from[j];
 }
 
+APART void store_floats(const float* from, int64_t n, bf16* to) {
+    for (int64_t j = 0; j < n; j++) to[j] = bf16(rounded<false>(from[j], 0) >> 16);
+}
+
+// y and z in their dtype; z may not be there.
 template <class T, bool ROUNDS>
 void store_block(const Numbers& c, const Block& b, const float* new_y, const float* new_z, T* y, T* z) {
-    for (int64_t j = 0; j < b.n; j++) {
-        if constexpr (ROUNDS) {
-            const uint32_t random = mix(uint32_t(b.index + j) ^ c.key);
-            y[j] = stochastic(new_y[j], random >> 16);
-            if (new_z) z[j] = stochastic(new_z[j], random & 0xffff);
-        } else {
-            store(y + j, new_y[j]);
-            if (new_z) store(z + j, new_z[j]);
-        }
+    if constexpr (ROUNDS) {
+        alignas(64) uint32_t random[BLOCK];
+        const uint32_t index = uint32_t(b.index), key = c.key;
+        for (int64_t j = 0; j < b.n; j++) random[j] = mix((index + uint32_t(j)) ^ key);
+        for (int64_t j = 0; j < b.n; j++) y[j] = T(rounded<true>(new_y[j], random[j] >> 16) >> 16);
+        if (!new_z) return;
+        for (int64_t j = 0; j < b.n; j++) z[j] = T(rounded<true>(new_z[j], random[j] & 0xffff) >> 16);
+    } else {
+        store_floats(new_y, b.n, y);
+        if (new_z) store_floats(new_z, b.n, z);
     }
 }
 
@@ -56,13 +61,6 @@ __attribute__((noinline)) void common_step(const Numbers& c, const Block& b, con
 
 // Two neighbours at a time: the halves of 32 bits are floats after a shift and a mask.
 typedef uint32_t __attribute__((may_alias, aligned(2))) Pair;
-
-template <bool ROUNDS>
-uint32_t rounded(float x, uint32_t sixteen_bits) {
-    const uint32_t bits = bits_of(x);
-    if (ROUNDS) return bits + (int32_t(bits & 0x7fffffff) < 0x7f7f0000 ? sixteen_bits : 0);
-    return uint32_t(nearest(x)) << 16;
-}
 
 template <bool ROUNDS>
 __attribute__((noinline)) void common_step(const Numbers& c, const Block& b, const bf16* g, bf16* y, bf16* z) {

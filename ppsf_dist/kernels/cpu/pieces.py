@@ -158,8 +158,12 @@ def _piece_of(box: Box, place: Place, flags: Flag, slice_p: int, moments: Factor
     if not axes or axes[-1].flat != 1 or not {axes[-1].row, axes[-1].col} <= {0, 1}:
         axes.append(_NOTHING)
     *outer, line = axes
+    parts = _Axis(1, line.size, 0, 0)
     if _is_matrix(outer, line):
         flags |= Flag.MATRIX
+    elif outer and line.flat == 1 and outer[-1].flat == line.size and line.row + line.col > 0:
+        # Short lines, such as the kernels of a convolution: those along one more axis are parts of a longer one.
+        parts = outer.pop()
     if box.is_flat:
         flags |= Flag.FLAT
 
@@ -168,8 +172,9 @@ def _piece_of(box: Box, place: Place, flags: Flag, slice_p: int, moments: Factor
 
     piece = Piece(
         slot=place.slot, flags=int(flags), slice_p=slice_p, shard=place.shard, round=place.ordinal, first=place.element,
-        first_sample=place.sample, n=line.size, lines=math.prod(axis.size for axis in outer), axes=len(outer),
-        index=box.flat_start, row_step=line.row, col_step=line.col, size=padded([axis.size for axis in outer]),
+        first_sample=place.sample, n=line.size * parts.size, lines=math.prod(axis.size for axis in outer),
+        axes=len(outer), index=box.flat_start, row_step=line.row, col_step=line.col,
+        inner=line.size, row_jump=parts.row, col_jump=parts.col, size=padded([axis.size for axis in outer]),
         index_stride=padded([axis.flat for axis in outer]), row_stride=padded([axis.row for axis in outer]),
         col_stride=padded([axis.col for axis in outer]),
     )  # fmt: skip

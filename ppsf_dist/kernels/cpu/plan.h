@@ -59,8 +59,10 @@ struct Piece {
     int64_t n, lines, axes;
     // Of the first element: its index in the flattened parameter, and where its row and column lie in the factors.
     int64_t index, row, col;
-    // From an element of a line to the next: 0 or 1.
+    // From an element of a line to the next: 0 or 1. A line may be a row of equal parts of `inner` elements: then that
+    // holds within each, and from a part to the next are the jumps.
     int64_t row_step, col_step;
+    int64_t inner, row_jump, col_jump;
     // The whole vectors of the parameter.
     int64_t first_row, row_count, first_col, col_count;
     // Of the axes before the last, and from a line to its neighbour along each of them.

@@ -62,6 +62,7 @@ class Piece(ctypes.Structure):
     _fields_ = [
         *[(name, c_int64) for name in ("slot", "flags", "slice_p", "shard", "round", "first", "first_sample")],
         *[(name, c_int64) for name in ("n", "lines", "axes", "index", "row", "col", "row_step", "col_step")],
+        *[(name, c_int64) for name in ("inner", "row_jump", "col_jump")],
         *[(name, c_int64) for name in ("first_row", "row_count", "first_col", "col_count")],
         *[(name, Axes) for name in ("size", "index_stride", "row_stride", "col_stride")],
     ]

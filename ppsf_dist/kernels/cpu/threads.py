@@ -28,13 +28,16 @@ class _Pool:
 
     def get(self, threads: int) -> ThreadPoolExecutor:
         if self._executor is None or threads > self._size:
+            if self._executor is not None:
+                self._executor.shutdown(wait=False)
             self._executor = ThreadPoolExecutor(threads, thread_name_prefix="ppsf_dist")
             self._size = threads
         return self._executor
 
 
 _POOL = _Pool()
-os.register_at_fork(after_in_child=_POOL.forget)
+if hasattr(os, "register_at_fork"):  # Not on Windows, which knows no fork.
+    os.register_at_fork(after_in_child=_POOL.forget)
 
 
 class Crew:

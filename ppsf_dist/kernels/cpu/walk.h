@@ -41,13 +41,36 @@ int64_t samples_in(int64_t index, int64_t n, int64_t slice_p) {
     return phase < n ? (n - phase + slice_p - 1) / slice_p : 0;
 }
 
+// Calls f with each part of some elements of a line: where it begins, how long it is, and where its first row and column
+// lie from those of the line.
+template <class F>
+inline void each_part(const Piece& piece, int64_t begin, int64_t n, F f) {
+    for (int64_t j = 0; j < n;) {
+        const int64_t part = (begin + j) / piece.inner, inside = (begin + j) - part * piece.inner;
+        const int64_t count = piece.inner - inside < n - j ? piece.inner - inside : n - j;
+        f(j, count, part * piece.row_jump + inside * piece.row_step, part * piece.col_jump + inside * piece.col_step);
+        j += count;
+    }
+}
+
 // The root of the second moment along a line, as across * along[j].
 APART float factors_of(const float* factors, const Piece& piece, const Line& line, int64_t begin, int64_t n, float* beside,
                        const float** along) {
-    const float *row = factors + line.row + begin * piece.row_step, *col = factors + line.col + begin * piece.col_step;
-    if (!piece.row_step) return *along = col, *row;
-    if (!piece.col_step) return *along = row, *col;
-    for (int64_t j = 0; j < n; j++) beside[j] = row[j] * col[j];
+    const float *row = factors + line.row, *col = factors + line.col;
+    if (piece.inner == piece.n) {
+        row += begin * piece.row_step, col += begin * piece.col_step;
+        if (!piece.row_step) return *along = col, *row;
+        if (!piece.col_step) return *along = row, *col;
+    }
+    each_part(piece, begin, n, [&](int64_t at, int64_t count, int64_t of_row, int64_t of_col) {
+        const float *r = factors + line.row + of_row, *c = factors + line.col + of_col;
+        if (!piece.row_step)
+            for (int64_t j = 0; j < count; j++) beside[at + j] = *r * c[j];
+        else if (!piece.col_step)
+            for (int64_t j = 0; j < count; j++) beside[at + j] = r[j] * *c;
+        else
+            for (int64_t j = 0; j < count; j++) beside[at + j] = r[j] * c[j];
+    });
     return *along = beside, 1.0f;
 }
 
