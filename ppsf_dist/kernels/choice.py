@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -130,7 +131,7 @@ class ChosenKernels:
                 parts.append((kernels.prepare(*of_rows, moments, state, buffers), rows))
         uses = _uses(shards, reasons, kept=sum(passes.kept for passes, _ in parts))
         self._tell(uses, missing if buffers.sums.device.type == "cpu" and self._choice != "eager" else "")
-        return ChosenPasses(parts, uses)
+        return ChosenPasses(parts, uses, partial(self.prepare, shards, slots, switches, moments, state, buffers))
 
     def _tell(self, uses: Sequence[Use], missing: str) -> None:
         """Say once for each reason that something is not native."""
@@ -157,17 +158,26 @@ class ChosenPasses:
     Args:
         parts: passes, and which of all shards are theirs. What belongs to no shard is done by the first.
         uses: what they compute.
+        choose: prepares anew.
     """
 
-    def __init__(self, parts: Sequence[tuple[Passes, Sequence[int]]], uses: tuple[Use, ...]) -> None:
-        self.parts, self.uses = parts, uses
+    def __init__(
+        self, parts: Sequence[tuple[Passes, Sequence[int]]], uses: tuple[Use, ...], choose: Callable[[], ChosenPasses]
+    ) -> None:
+        self.parts, self.uses, self._choose = parts, uses, choose
         self._first = parts[0][0]
 
     @property
     def kept(self) -> int:
         return sum(passes.kept for passes, _ in self.parts)
 
+    def fits(self, weights: Sequence[Tensor]) -> bool:
+        return all(passes.fits([weights[i] for i in rows]) for passes, rows in self.parts)
+
     def bind(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        if not self.fits(weights):
+            again = self._choose()
+            self.parts, self.uses, self._first = again.parts, again.uses, again._first
         for passes, rows in self.parts:
             passes.bind([weights[i] for i in rows], [gradients[i] for i in rows])
 

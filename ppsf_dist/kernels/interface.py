@@ -99,6 +99,9 @@ class Passes(Protocol):
     def kept(self) -> int:
         """Bytes that are kept from step to step, beside state and buffers."""
 
+    def fits(self, weights: Sequence[Tensor]) -> bool:
+        """Whether the weights of all shards that were prepared lie as they did then."""
+
     def bind(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """Take this step's tensors, which a framework may have replaced since the last.
 

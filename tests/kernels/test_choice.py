@@ -195,6 +195,43 @@ def test_state_that_moves_is_found() -> None:
     assert len(old) >= 15
 
 
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_weights_may_change_their_order_in_memory(backend: str) -> None:
+    """What ``model.to(memory_format=torch.channels_last)`` does in mid-run: from then on their kernels are eager."""
+    runs = []
+    for moves in (False, True):
+        model = nn.Conv2d(8, 40, 3)
+        with torch.no_grad(), using(backend):
+            for p in model.parameters():
+                p.copy_(torch.linspace(-1, 1, p.numel()).view(p.shape))
+            optimizer = ProdigyPlusScheduleFree(model.parameters(), d0=1e-3)
+        for step in range(4):
+            if moves and step == 2:
+                model.weight.data = model.weight.data.to(memory_format=torch.channels_last)
+                assert not model.weight.is_contiguous()
+            for p in model.parameters():
+                p.grad = torch.linspace(-1, step + 1, p.numel()).view(p.shape)
+            optimizer.step()
+        runs.append([p.detach().clone() for p in model.parameters()])
+        uses = {(use.backend, use.why) for use in kernels.report(optimizer)}
+        expected = {("native", ""), ("eager", "strides of the weights")} if moves else {("native", "")}
+        assert backend == "eager" or uses == expected
+    for stayed, moved in zip(*runs, strict=True):
+        torch.testing.assert_close(stayed, moved, rtol=1e-5, atol=1e-7)
+
+
+class Marked(Tensor):
+    """A tensor that is not where its data_ptr() says, for all that kernels know."""
+
+
+def test_tensors_of_other_classes_are_left_to_torch() -> None:
+    p = nn.Parameter(torch.ones(40, 30).as_subclass(Marked))
+    p.grad = torch.ones(40, 30)
+    optimizer = ProdigyPlusScheduleFree([p])
+    optimizer.step()
+    assert [(use.backend, use.why) for use in kernels.report(optimizer)] == [("eager", "tensors of class Marked")]
+
+
 def test_autograd_sees_that_weights_have_changed() -> None:
     x, p = torch.ones(2, requires_grad=True), nn.Parameter(torch.ones(2))
     optimizer = ProdigyPlusScheduleFree([p])

@@ -157,6 +157,10 @@ class NativePasses:
         tensors = [self._partial, self._results, *[packed for packed in self._packed if packed is not None]]
         return sum(tensor.nbytes for tensor in tensors) + ctypes.sizeof(self._pieces) + ctypes.sizeof(self._tasks)
 
+    def fits(self, weights: Sequence[Tensor]) -> bool:
+        # model.to(memory_format=torch.channels_last) in mid-run changes the order of elements, and nothing else.
+        return all(map(Tensor.is_contiguous, weights))
+
     def bind(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         self._crew.wait()
         self._write, self._weights = None, list(weights)

@@ -32,6 +32,8 @@ def why_not(shard: Shard, switches: Switches, state: Mapping[str, Any]) -> str |
     weights = shard.weights()
     if weights.device.type != "cpu":
         return f"device {weights.device.type}"
+    if type(weights.data) is not Tensor:
+        return f"tensors of class {type(weights.data).__name__}"
     if weights.dtype not in FLOATS:
         return f"weights in {str(weights.dtype).removeprefix('torch.')}"
     if any(len(box.shape) > MOST_AXES for box in shard.boxes):

@@ -53,6 +53,9 @@ class EagerPasses:
     def kept(self) -> int:
         return 0
 
+    def fits(self, weights: Sequence[Tensor]) -> bool:
+        return True
+
     def bind(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         for work in self.works:
             work.bind(weights, gradients)
