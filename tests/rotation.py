@@ -63,7 +63,7 @@ KEPT: dict[str, int | tuple[str, ...]] = {
     "torch_suite/test_steps.py::test_forloop_goes_right_direction": 3,
     "test_backward.py::test_fully_shard": 5,
     "kernels/test_choice.py::test_processes_that_compile_at_once_all_have_a_library": 0,
-    "test_step_cost.py::test_a_step_beside_fused_adamw": ("gpt2", "lora", "tiny"),
+    "test_step_cost.py::test_a_step_beside_fused_adamw": ("gpt2-fp32", "gpt2-bf16", "lora-fp32", "tiny-fp32"),
     "test_step_cost.py::test_a_step_of_the_eager_kernels": ("lora",),
     "test_step_cost.py::test_the_reference_is_slower_by_far": ("lora",),
     # Ranks: every layout and every stage stays, with fewer switches.
