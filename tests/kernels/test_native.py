@@ -156,6 +156,13 @@ def test_every_claim_equals_the_eager_kernels(name: str, dtype: torch.dtype) -> 
     run()
 
 
+@pytest.mark.parametrize("name", ["default", "cautious", "Prodigy default"])
+def test_a_rank_may_hold_nothing(name: str) -> None:
+    """Every shard is empty, as on the last of more ranks than rows."""
+    for cut in (Cut.range((40, 30), 7, 0), Cut.box((40, 30), (40, 0), (0, 30))):
+        compare(make([cut, cut], CLAIMED[name], torch.float32, seed=0), exactly=True)
+
+
 def test_what_is_claimed() -> None:
     """All but FOCUS, OrthoGrad and ADOPT; all sisters."""
     eager = {name for name in EVERY if switches_of("ProdigyPlusScheduleFree", **EVERY[name]) not in CLAIMED.values()}

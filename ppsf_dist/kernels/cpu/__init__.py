@@ -1,0 +1,1 @@
+"""The passes in C++, for weights on a CPU."""

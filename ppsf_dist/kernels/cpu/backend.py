@@ -286,7 +286,7 @@ def _cut(library: Library, pieces: ctypes.Array[Piece]) -> tuple[ctypes.Array[Ta
 def _batches(tasks: ctypes.Array[Task]) -> list[tuple[int, int]]:
     """First and last task of each batch."""
     firsts = [i for i, task in enumerate(tasks) if i == 0 or task.batch != tasks[i - 1].batch]
-    return list(zip(firsts, [*firsts[1:], len(tasks)], strict=True))
+    return list(zip(firsts, [*firsts, len(tasks)][1:], strict=True))
 
 
 def _stretches(
@@ -294,9 +294,10 @@ def _stretches(
 ) -> list[tuple[int, int, Range]] | None:
     """Tasks of some parameters whose gradients fit a cache together, from and to, and the moments of these.
 
-    None where a parameter comes in several rounds: its moments have to wait for the last.
+    None where a parameter comes in several rounds, because its moments have to wait for the last, and where all shards
+    of this rank are empty.
     """
-    if any(piece.round for piece in pieces):
+    if not len(tasks) or any(piece.round for piece in pieces):
         return None
     found: list[tuple[int, int, Range]] = []
     first, elements = 0, 0
