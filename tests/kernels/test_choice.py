@@ -135,6 +135,17 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         source.compile_into(tmp_path / "file" / "made.so", "DEFAULT")
 
 
+def test_a_user_without_a_home_is_told_where_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("PPSF_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(source.Unavailable, match="no home folder .* name one with PPSF_CACHE"):
+        library.cache_folder()
+
+
 def test_a_torn_library_is_no_library(tmp_path: Path) -> None:
     (tmp_path / "torn.so").write_bytes(b"\x7fELF and nothing more")
     with pytest.raises(source.Unavailable, match="torn.so does not load"):

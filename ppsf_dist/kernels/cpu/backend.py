@@ -203,12 +203,12 @@ class NativePasses:
             self._sum_squares(first, last)
 
     def _sum_squares(self, first: int, last: int) -> None:
-        self._crew.finish(Pass.SUMS_OF_SQUARES, Job(first, last, 0))
+        self._crew.finish(Pass.SUMS_OF_SQUARES, Job(first, last))
         self._library.add_partial(self._plan, first, last)
         self._add_results(first, last)
 
     def _take_norms(self, first: int, last: int) -> None:
-        self._crew.finish(Pass.NORMS, Job(first, last, 0))
+        self._crew.finish(Pass.NORMS, Job(first, last))
         self._add_results(first, last)
 
     def pass_2(self) -> None:
@@ -217,7 +217,7 @@ class NativePasses:
 
     def count_masks(self) -> None:
         if self._masks:
-            self._crew.finish(Pass.MASKS, Job(0, len(self._tasks), 0))
+            self._crew.finish(Pass.MASKS, Job(0, len(self._tasks)))
             self._add_results(0, len(self._tasks), masks=True)
 
     def _add_results(self, first: int, last: int, *, masks: bool = False) -> None:
@@ -236,7 +236,7 @@ class NativePasses:
 
     def pass_3(self, known: KnownGates | None, writes: Writes) -> None:
         # One job for the whole step: called again it does what is left.
-        self._write = self._write or Job(0, len(self._tasks), 0)
+        self._write = self._write or Job(0, len(self._tasks))
         self._crew.finish(Pass.WRITE, self._write)
         # As torch's own writes do: autograd refuses a backward pass through weights that are no longer there.
         torch.autograd.graph.increment_version(self._weights)

@@ -96,8 +96,17 @@ def _find() -> Library:
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries are kept: ``PPSF_CACHE``, or ``ppsf_dist`` in the user's cache folder."""
+    """Where compiled libraries are kept: ``PPSF_CACHE``, or ``ppsf_dist`` in the user's cache folder.
+
+    Raises:
+        Unavailable: the user has no home, as in some containers.
+    """
     given = os.environ.get("PPSF_CACHE")
     if given:
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ppsf_dist"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ppsf_dist"
+    except RuntimeError as error:
+        raise Unavailable(
+            f"there is no home folder to compile them into ({error}): name one with PPSF_CACHE"
+        ) from error

@@ -116,7 +116,6 @@ EXPORTED void ppsf_run(const Plan* plan, int pass, Job* job) {
         const int64_t number = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
         if (number >= job->last) return;
         run_task(*plan, pass, number);
-        __atomic_fetch_add(&job->done, 1, __ATOMIC_RELEASE);
     }
 }
 

@@ -75,9 +75,9 @@ struct Task {
     int64_t piece, first_line, last_line, begin, end, sample, batch, partial;
 };
 
-// Which tasks are taken, and how many are done. Several threads share it.
+// Which tasks are taken. Several threads share it.
 struct Job {
-    int64_t next, last, done;
+    int64_t next, last;
 };
 
 struct Plan {

@@ -77,12 +77,11 @@ class Task(ctypes.Structure):
 
 
 class Job(ctypes.Structure):
-    """Which tasks are taken, and how many are done."""
+    """Which tasks are taken."""
 
-    _fields_ = [("next", c_int64), ("last", c_int64), ("done", c_int64)]
+    _fields_ = [("next", c_int64), ("last", c_int64)]
     next: int
     last: int
-    done: int
 
 
 class PlanTable(ctypes.Structure):
