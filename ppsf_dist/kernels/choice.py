@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ppsf_dist.kernels.cpu import library
 from ppsf_dist.kernels.cpu.backend import NativeKernels
-from ppsf_dist.kernels.cpu.pieces import why_not
 from ppsf_dist.kernels.cpu.source import Unavailable
 from ppsf_dist.kernels.eager import EagerKernels
 from ppsf_dist.kernels.interface import Buffers, Kernels, KnownGates, Passes
+from ppsf_dist.kernels.pieces import why_not
 from ppsf_dist.methods.switches import Switches
 from ppsf_dist.sharding import Shard
 from ppsf_dist.state.moments import FactoredMoments

@@ -14,8 +14,8 @@ from torch import Tensor
 import ppsf_dist
 from ppsf_dist.kernels.cpu import library
 from ppsf_dist.kernels.cpu.backend import NativeKernels
-from ppsf_dist.kernels.cpu.pieces import why_not
 from ppsf_dist.kernels.eager import EagerKernels
+from ppsf_dist.kernels.pieces import why_not
 from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
 from tests.family import FAMILY

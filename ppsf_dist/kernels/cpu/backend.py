@@ -14,28 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppsf_dist.kernels.codes import ADDRESSES, COEFFICIENTS, SUMS, Piece
 from ppsf_dist.kernels.cpu.library import Library
-from ppsf_dist.kernels.cpu.pieces import FLOATS, LIKE_WEIGHTS, SAMPLES, Place, flags_of, pieces_of
-from ppsf_dist.kernels.cpu.tables import (
-    ADDRESSES,
-    COEFFICIENTS,
-    SUMS,
-    Job,
-    MomentsTable,
-    Pass,
-    Piece,
-    PlanTable,
-    Range,
-    Task,
-)
+from ppsf_dist.kernels.cpu.tables import Job, MomentsTable, Pass, PlanTable, Range, Task
 from ppsf_dist.kernels.cpu.threads import Crew
 from ppsf_dist.kernels.interface import Buffers, KnownGates
+from ppsf_dist.kernels.pieces import FLOATS, LIKE_WEIGHTS, SAMPLES, all_pieces
 from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
 from ppsf_dist.sharding import Shard
 from ppsf_dist.state.inventory import needed
 from ppsf_dist.state.moments import FactoredMoments
-from ppsf_dist.state.samples import count_in
 from ppsf_dist.state.writes import Writes
 
 IN_CACHE = 1 << 19
@@ -63,16 +52,7 @@ class NativeKernels:
         state: State,
         buffers: Buffers,
     ) -> NativePasses:
-        pieces: list[Piece] = []
-        for row, (shard, slot, switch) in enumerate(zip(shards, slots, switches, strict=True)):
-            flags = flags_of(shard, switch, state[shard.param], factored=moments.placed[slot] is not None)
-            element = sample = 0
-            for ordinal, box in enumerate(shard.boxes):
-                if box.numel:
-                    place = Place(row, slot, ordinal, element, sample)
-                    pieces += pieces_of(box, place, flags, switch.slice_p, moments)
-                element, sample = element + box.numel, sample + count_in(box, switch.slice_p)
-        pieces.sort(key=lambda piece: (piece.round, piece.slot))
+        pieces = all_pieces(shards, slots, switches, moments, state)
         return NativePasses(self._library, shards, switches, pieces, state, moments, buffers)
 
 

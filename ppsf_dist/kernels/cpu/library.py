@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from ppsf_dist.kernels.codes import Piece
 from ppsf_dist.kernels.cpu.source import BUILT, Unavailable, compile_into, file_name
-from ppsf_dist.kernels.cpu.tables import Job, MomentsTable, Piece, PlanTable, Range, Task
+from ppsf_dist.kernels.cpu.tables import Job, MomentsTable, PlanTable, Range, Task
 
 logger = logging.getLogger(__name__)
 

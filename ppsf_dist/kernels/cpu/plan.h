@@ -1,4 +1,4 @@
-// What Python and C++ share: tables that are made once for a plan. ppsf_dist/kernels/cpu/tables.py mirrors this file.
+// What Python and C++ share: tables that are made once for a plan. ppsf_dist/kernels/codes.py and cpu/tables.py mirror it.
 #pragma once
 #include <stdint.h>
 

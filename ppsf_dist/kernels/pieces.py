@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ppsf_dist.kernels.cpu.tables import MOST_AXES, Axes, Flag, Piece
+from ppsf_dist.kernels.codes import MOST_AXES, Axes, Flag, Piece
 from ppsf_dist.methods.switches import Switches
 from ppsf_dist.sharding import Box, Shard
 from ppsf_dist.sharding.geometry import row_major_strides
@@ -25,13 +25,11 @@ _EAGER_ONLY = ("focus", "orthograd", "adopt")
 
 
 def why_not(shard: Shard, switches: Switches, state: Mapping[str, Any]) -> str | None:
-    """Why these kernels leave a shard to the eager ones; None if they do not."""
+    """Why C++ and Triton leave a shard to the eager kernels; None if they do not."""
     for name in _EAGER_ONLY:
         if getattr(switches, name):
             return f"use_{name}"
     weights = shard.weights()
-    if weights.device.type != "cpu":
-        return f"device {weights.device.type}"
     if type(weights.data) is not Tensor:
         return f"tensors of class {type(weights.data).__name__}"
     if weights.dtype not in FLOATS:
@@ -112,6 +110,26 @@ class Place(NamedTuple):
     ordinal: int
     element: int
     sample: int
+
+
+def all_pieces(
+    shards: Sequence[Shard],
+    slots: Sequence[int],
+    switches: Sequence[Switches],
+    moments: FactoredMoments,
+    state: Mapping[Tensor, Mapping[str, Any]],
+) -> list[Piece]:
+    """What the shards of a plan hold, sorted by rounds. Arguments as of a backend's ``prepare``."""
+    pieces: list[Piece] = []
+    for row, (shard, slot, switch) in enumerate(zip(shards, slots, switches, strict=True)):
+        flags = flags_of(shard, switch, state[shard.param], factored=moments.placed[slot] is not None)
+        element = sample = 0
+        for ordinal, box in enumerate(shard.boxes):
+            if box.numel:
+                place = Place(row, slot, ordinal, element, sample)
+                pieces += pieces_of(box, place, flags, switch.slice_p, moments)
+            element, sample = element + box.numel, sample + count_in(box, switch.slice_p)
+    return sorted(pieces, key=lambda piece: (piece.round, piece.slot))
 
 
 def pieces_of(box: Box, place: Place, flags: Flag, slice_p: int, moments: FactoredMoments) -> Iterator[Piece]:
