@@ -1,4 +1,4 @@
-"""Which backend computes which shard: native kernels where there are some, eager ones elsewhere."""
+"""Which backend computes which shard: C++ or Triton where there is one, eager kernels elsewhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ppsf_dist.kernels.cpu.source import Unavailable
 from ppsf_dist.kernels.eager import EagerKernels
 from ppsf_dist.kernels.interface import Buffers, Kernels, KnownGates, Passes
 from ppsf_dist.kernels.pieces import why_not
+from ppsf_dist.kernels.triton import available
 from ppsf_dist.methods.switches import Switches
 from ppsf_dist.sharding import Shard
 from ppsf_dist.state.moments import FactoredMoments
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-CHOICES = ("auto", "eager", "native")
+CHOICES = ("auto", "eager", "native", "triton")
 VARIABLE = "PPSF_KERNELS"
 
 
@@ -37,8 +38,8 @@ class Use:
     """What one backend computes.
 
     Attributes:
-        backend: "native" or "eager".
-        why: of eager kernels, why they are not native.
+        backend: "native" (C++), "triton" or "eager".
+        why: of eager kernels, why they are no others.
         parameters, elements: how much of this rank's shards.
         kept: bytes that the backend keeps from step to step, beside the optimizer's state.
     """
@@ -68,6 +69,14 @@ class Use:
         return f"{self.backend}: {self.parameters:,} parameters, {self.elements:,} elements{more and f' ({more})'}"
 
 
+class Fast(NamedTuple):
+    """Kernels that are not eager: their name, and why there are none."""
+
+    name: str
+    kernels: Kernels | None
+    why: str
+
+
 class ChosenKernels:
     """Implements :class:`ppsf_dist.kernels.interface.Kernels` by the backends that there are.
 
@@ -84,23 +93,27 @@ class ChosenKernels:
 
     def arithmetic(self, device: torch.device) -> str:
         """What decides the last bit of a weight: ranks that hold copies must have the same."""
-        native, _ = self._native(device)
-        if native is None:
-            return "eager"
+        fast = self._fast(device)
+        if fast.kernels is None or fast.name != "native":
+            return fast.name
         return "native" if torch.backends.cpu.get_cpu_capability() != "DEFAULT" else "native without FMA"
 
-    def _native(self, device: torch.device) -> tuple[NativeKernels | None, str]:
-        """The native kernels for a device, or why there are none."""
+    def _fast(self, device: torch.device) -> Fast:
+        """The kernels that are not eager, if there are some for a device."""
         if self._choice == "eager":
-            return None, f"{VARIABLE}=eager"
-        if device.type != "cpu":
-            return None, f"device {device.type}"
+            return Fast("eager", None, f"{VARIABLE}=eager")
+        if device.type == "meta" or (device.type != "cpu" and self._choice == "auto"):
+            # They have never run on a GPU: who wants them says so.
+            hint = "" if device.type == "meta" else f", where {VARIABLE}=native asks for Triton"
+            return Fast("eager", None, f"device {device.type}{hint}")
         try:
-            return NativeKernels(library.load()), ""
+            if device.type == "cpu" and self._choice != "triton":
+                return Fast("native", NativeKernels(library.load()), "")
+            return Fast("triton", available.load(device), "")
         except Unavailable as error:
-            if self._choice == "native":
-                raise RuntimeError(f"{VARIABLE}=native, but there are no native kernels: {error}") from error
-            return None, str(error)
+            if self._choice != "auto":
+                raise RuntimeError(f"{VARIABLE}={self._choice}, but there are no such kernels: {error}") from error
+            return Fast("eager", None, str(error))
 
     def prepare(
         self,
@@ -111,13 +124,14 @@ class ChosenKernels:
         state: Mapping[Tensor, Mapping[str, Any]],
         buffers: Buffers,
     ) -> ChosenPasses:
-        native, missing = self._native(buffers.sums.device)
+        fast = self._fast(buffers.sums.device)
+        missing = fast.why
         reasons = [
             missing or why_not(shard, switch, state[shard.param]) or ""
             for shard, switch in zip(shards, switches, strict=True)
         ]
         chosen: list[tuple[Kernels | None, list[int]]] = [
-            (native, [row for row, why in enumerate(reasons) if not why]),
+            (fast.kernels, [row for row, why in enumerate(reasons) if not why]),
             (self._eager, [row for row, why in enumerate(reasons) if why]),
         ]
 
@@ -129,7 +143,7 @@ class ChosenKernels:
             if kernels is not None and rows:
                 of_rows = some(shards, rows), some(slots, rows), some(switches, rows)
                 parts.append((kernels.prepare(*of_rows, moments, state, buffers), rows))
-        uses = _uses(shards, reasons, kept=sum(passes.kept for passes, _ in parts))
+        uses = _uses(shards, reasons, fast.name, kept=sum(passes.kept for passes, _ in parts))
         self._tell(uses, missing if buffers.sums.device.type == "cpu" and self._choice != "eager" else "")
         return ChosenPasses(parts, uses, partial(self.prepare, shards, slots, switches, moments, state, buffers))
 
@@ -142,12 +156,12 @@ class ChosenKernels:
                 logger.log(logging.WARNING if use.why == missing else logging.INFO, "kernels: %s", use)
 
 
-def _uses(shards: Sequence[Shard], reasons: Sequence[str], *, kept: int) -> tuple[Use, ...]:
+def _uses(shards: Sequence[Shard], reasons: Sequence[str], fast: str, *, kept: int) -> tuple[Use, ...]:
     parameters, elements = Counter(reasons), Counter[str]()
     for shard, why in zip(shards, reasons, strict=True):
         elements[why] += shard.numel
     return tuple(
-        Use("eager" if why else "native", why, parameters[why], elements[why], 0 if why else kept)
+        Use("eager" if why else fast, why, parameters[why], elements[why], 0 if why else kept)
         for why in sorted(parameters)
     )
 

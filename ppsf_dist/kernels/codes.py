@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_int64
-from enum import IntFlag
+from enum import IntEnum, IntFlag
 
 MOST_AXES = 7
 
@@ -62,5 +62,20 @@ class Piece(ctypes.Structure):
     ]
 
 
-SUMS = 11
-"""How many sums a task makes: those of :class:`ppsf_dist.methods.sums.Stat` from LARGEST_SQUARE on."""
+class Sum(IntEnum):
+    """The sums of one task: those of :class:`ppsf_dist.methods.sums.Stat` from LARGEST_SQUARE on, in their order."""
+
+    LARGEST_SQUARE = 0
+    DOT = 1
+    S_L1 = 2
+    DELTA_L1 = 3
+    DELTA_SQUARE = 4
+    EARLY_MASK = 5
+    UU = 6
+    WW = 7
+    WU = 8
+    LATE_MASK = 9
+    GG = 10
+
+
+SUMS = len(Sum)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from ppsf_dist.kernels.choice import VARIABLE
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -20,3 +23,9 @@ def kernels(choice: str) -> Iterator[None]:
         os.environ.pop(VARIABLE)
         if before is not None:
             os.environ[VARIABLE] = before
+
+
+def interpreted(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call something with Triton's kernels, on a rank of the pool: there Triton interprets."""
+    with kernels("triton"):
+        return function(*arguments)

@@ -72,7 +72,8 @@ class _Server:
             stderr=subprocess.PIPE,
             pass_fds=[theirs.fileno()],
             start_new_session=True,  # Ctrl-C is for pytest, which then closes the pool.
-            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            # Triton's interpreter, for those who ask for its kernels, has to be chosen before torch imports it.
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TRITON_INTERPRET": "1"},
         )
         theirs.close()
         self._directory = Path(self._receive().decode())

@@ -15,6 +15,7 @@ import ppsf_dist
 from ppsf_dist.kernels.cpu import library
 from ppsf_dist.kernels.cpu.backend import NativeKernels
 from ppsf_dist.kernels.eager import EagerKernels
+from ppsf_dist.kernels.interface import Kernels
 from ppsf_dist.kernels.pieces import why_not
 from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
@@ -103,11 +104,15 @@ def check_sums(native: Side, eager: Side) -> None:
             assert apart <= 1e-13 * terms(eager, slot) or not other[slot, Stat.DOT].isfinite()
 
 
+def native_kernels() -> NativeKernels:
+    return NativeKernels(library.load())
+
+
 @torch.no_grad()
-def compare(side: Side, *, exactly: bool) -> None:
-    """One step of both backends from the same state; each part of it begins from the same numbers."""
+def compare(side: Side, kernels: Kernels, *, exactly: bool) -> None:
+    """One step of a backend and of the eager one from the same state; each part of it begins from the same numbers."""
     native, eager = twin(side), twin(side)
-    native.prepare(NativeKernels(library.load()))
+    native.prepare(kernels)
     eager.prepare(EagerKernels())
     for one in (native, eager):
         one.bind()
@@ -151,7 +156,7 @@ def test_every_claim_equals_the_eager_kernels(name: str, dtype: torch.dtype) -> 
         subset = st.sets(st.integers(0, len(some) - 1))
         missing, closed, replicas = (sorted(data.draw(subset)) if data.draw(st.booleans()) else [] for _ in range(3))
         side = make(some, CLAIMED[name], dtype, seed=seed, missing=missing, closed=closed, replicas=replicas)
-        compare(side, exactly=not CLAIMED[name].atan2)
+        compare(side, native_kernels(), exactly=not CLAIMED[name].atan2)
 
     run()
 
@@ -160,7 +165,7 @@ def test_every_claim_equals_the_eager_kernels(name: str, dtype: torch.dtype) -> 
 def test_a_rank_may_hold_nothing(name: str) -> None:
     """Every shard is empty, as on the last of more ranks than rows."""
     for cut in (Cut.range((40, 30), 7, 0), Cut.box((40, 30), (40, 0), (0, 30))):
-        compare(make([cut, cut], CLAIMED[name], torch.float32, seed=0), exactly=True)
+        compare(make([cut, cut], CLAIMED[name], torch.float32, seed=0), native_kernels(), exactly=True)
 
 
 def test_what_is_claimed() -> None:

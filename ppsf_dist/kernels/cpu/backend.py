@@ -1,36 +1,28 @@
-"""The passes in C++: the same formulas as in ``kernels/eager``, over all shards at once.
-
-Memory is read and written by address. Addresses are looked up in every step, because a framework may have moved what
-lies there.
-"""
+"""The passes in C++: the same formulas as in ``kernels/eager``, over all shards at once."""
 
 from __future__ import annotations
 
 import ctypes
-from array import array
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ppsf_dist.kernels.codes import ADDRESSES, COEFFICIENTS, SUMS, Piece
+from ppsf_dist.kernels.codes import COEFFICIENTS, SUMS, Piece
 from ppsf_dist.kernels.cpu.library import Library
 from ppsf_dist.kernels.cpu.tables import Job, MomentsTable, Pass, PlanTable, Range, Task
 from ppsf_dist.kernels.cpu.threads import Crew
 from ppsf_dist.kernels.interface import Buffers, KnownGates
-from ppsf_dist.kernels.pieces import FLOATS, LIKE_WEIGHTS, SAMPLES, all_pieces
+from ppsf_dist.kernels.memory import Memory, State
+from ppsf_dist.kernels.pieces import all_pieces
 from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
 from ppsf_dist.sharding import Shard
-from ppsf_dist.state.inventory import needed
 from ppsf_dist.state.moments import FactoredMoments
 from ppsf_dist.state.writes import Writes
 
 IN_CACHE = 1 << 19
 """Elements of gradients that a core finds again in its cache, a megabyte or two."""
-
-State = Mapping[Tensor, Mapping[str, Any]]
 
 
 class NativeKernels:
@@ -81,28 +73,7 @@ class NativePasses:
         self._went_on = False
         self._partial = torch.empty(partial)
         self._results = torch.empty(len(self._tasks), SUMS, dtype=torch.float64)
-        states = [
-            {entry.name: state[shard.param].get(entry.name) for entry in needed(switch, shard.shape)}
-            for shard, switch in zip(shards, switches, strict=True)
-        ]
-        self._packed = [
-            torch.empty_like(p0, dtype=z.dtype) if z is not None and p0 is not None else None
-            for z, p0 in ((of.get("z"), of.get("p0")) for of in states)
-        ]
-        self._of_z = [z for of in states if (z := of.get("z")) is not None]
-        self._written: list[int] | None = None
-        self._addresses = array("q", bytes(8 * len(ADDRESSES) * len(shards)))
-        # An empty tensor lies at address 0, which says that something is not there.
-        self._nothing = {dtype: torch.empty(0, dtype=dtype) for dtype in FLOATS}
-        self._state: dict[str, list[Tensor]] = {}
-        for name in (*LIKE_WEIGHTS, *SAMPLES):
-            if any(of.get(name) is not None for of in states):
-                self._state[name] = [_present(of.get(name), self._nothing[torch.float32]) for of in states]
-        # These never move.
-        self._look_up("packed z", [_present(packed, self._nothing[torch.float32]) for packed in self._packed])
-        self._dtypes = [shard.weights().dtype for shard in shards]
-        self._weights: list[Tensor] = []
-        self._gradients: list[Tensor] = []
+        self._memory = Memory(shards, switches, state)
         self._norms = any(switch.needs_norms for switch in switches)
         self._masks = any(switch.counts_mask_late for switch in switches)
         self._plan, self._moments = self._table(), _moments_table(moments, buffers)
@@ -115,7 +86,7 @@ class NativePasses:
         return PlanTable(
             pieces=self._pieces,
             tasks=self._tasks,
-            addresses=self._addresses.buffer_info()[0],
+            addresses=self._memory.table.buffer_info()[0],
             coefficients=coefficients.table.data_ptr(),
             slots=coefficients.table.shape[1],
             rows=(ctypes.c_int64 * len(rows))(*rows),
@@ -134,7 +105,7 @@ class NativePasses:
 
     @property
     def kept(self) -> int:
-        tensors = [self._partial, self._results, *[packed for packed in self._packed if packed is not None]]
+        tensors = [self._partial, self._results, *[packed for packed in self._memory.packed if packed is not None]]
         return sum(tensor.nbytes for tensor in tensors) + ctypes.sizeof(self._pieces) + ctypes.sizeof(self._tasks)
 
     def fits(self, weights: Sequence[Tensor]) -> bool:
@@ -143,30 +114,15 @@ class NativePasses:
 
     def bind(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         self._crew.wait()
-        self._write, self._weights = None, list(weights)
-        # Held: whoever drops one in the middle of a step does not free what the passes read.
-        self._gradients = [self._nothing[d] if g is None else g for g, d in zip(gradients, self._dtypes, strict=True)]
-        if not all(map(Tensor.is_contiguous, self._gradients)) or [g.dtype for g in self._gradients] != self._dtypes:
-            pairs = zip(self._gradients, self._dtypes, strict=True)
-            self._gradients = [gradient.to(dtype).contiguous() for gradient, dtype in pairs]
-        for name, tensors in {"weights": self._weights, "gradient": self._gradients, **self._state}.items():
-            self._look_up(name, tensors)
-        self._keep_packed()
-
-    def _look_up(self, name: str, tensors: Sequence[Tensor]) -> None:
-        """Where a tensor of each shard lies now."""
-        self._addresses[ADDRESSES.index(name) :: len(ADDRESSES)] = array("q", map(Tensor.data_ptr, tensors))
-
-    def _keep_packed(self) -> None:
-        """Pack the samples of z again if anybody else has written to it."""
-        written = [z._version for z in self._of_z]
-        if written != self._written or not self._library.is_packed(self._plan, len(self._tasks)):
+        self._write = None
+        self._memory.bind(weights, gradients)
+        # The samples of z are packed again if anybody else has written to it, past torch too.
+        if self._memory.z_was_written() or not self._library.is_packed(self._plan, len(self._tasks)):
             self._library.pack(self._plan, len(self._tasks))
-            self._written = written
 
     def release(self) -> None:
         self._crew.wait()
-        self._gradients = []
+        self._memory.release()
 
     def pass_1(self, *, goes_on: bool) -> None:
         # Several threads have more to do at once if nothing waits in between.
@@ -219,11 +175,7 @@ class NativePasses:
         self._write = self._write or Job(0, len(self._tasks))
         self._crew.finish(Pass.WRITE, self._write)
         # As torch's own writes do: autograd refuses a backward pass through weights that are no longer there.
-        torch.autograd.graph.increment_version(self._weights)
-
-
-def _present(tensor: Tensor | None, nothing: Tensor) -> Tensor:
-    return nothing if tensor is None else tensor
+        torch.autograd.graph.increment_version(self._memory.weights)
 
 
 def _address(tensor: Tensor | None) -> int:

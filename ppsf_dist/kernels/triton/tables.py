@@ -1,0 +1,163 @@
+"""What Python and the device code share: the tables of a plan, and where everything stands in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ppsf_dist.kernels.codes import ADDRESSES, COEFFICIENTS, MOST_AXES, Flag, Piece
+
+PIECE_FIELDS = len(bytes(Piece())) // 8
+ADDRESS_COLUMNS = (*ADDRESSES, "aligned")
+"""``aligned``: whether all that is laid out like the weights begins at a multiple of 16 bytes."""
+
+
+class Task(NamedTuple):
+    """What one program does: some lines of a piece, or a part of one line.
+
+    Attributes:
+        piece: its row in the table of pieces.
+        first_line, last_line: from and to.
+        begin, end: along each of them.
+        sample: where its first sample stands among those of the shard.
+        partial: where its sums along the lines wait.
+        even: whether rows of 16 bytes divide it, if its memory begins at one.
+    """
+
+    piece: int
+    first_line: int
+    last_line: int
+    begin: int
+    end: int
+    sample: int
+    partial: int
+    even: int
+
+
+class On(NamedTuple):
+    """Which formulas run: :class:`ppsf_dist.kernels.codes.Flag` by flag, in its order."""
+
+    owned: bool
+    factored: bool
+    schedulefree: bool
+    momentum: bool
+    second_moment: bool
+    sgd_phase: bool
+    statistics: bool
+    speed: bool
+    decays: bool
+    decays_by_lr: bool
+    coupled_decay: bool
+    atan2: bool
+    needs_norms: bool
+    cautious: bool
+    grams: bool
+    stochastic: bool
+    weights_in_bf16: bool
+    p0_in_bf16: bool
+    s_in_bf16: bool
+    matrix: bool
+    flat: bool
+
+    @classmethod
+    def of(cls, flags: int) -> On:
+        return cls(**{str(flag.name).lower(): bool(flags & flag) for flag in Flag})
+
+
+class Rows(NamedTuple):
+    """Where each of :data:`ppsf_dist.kernels.codes.COEFFICIENTS` stands in a method's table; -1 where it has none."""
+
+    delta: int
+    c: int
+    q: int
+    beta1: int
+    weight_decay: int
+    keep: int
+    d: int
+    d_eps: int
+    momentum_weight: int
+    beta2: int
+    square_weight: int
+    beta3: int
+    s_weight: int
+    root: int
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> Rows:
+        return cls(**{name: names.index(name) if name in names else -1 for name in COEFFICIENTS})
+
+
+class Sizes(NamedTuple):
+    """Lengths that kernels read instead of being compiled for them."""
+
+    slots: int
+    tasks: int
+    stat_columns: int
+    first_column: int
+
+
+class Plan(NamedTuple):
+    """Everything that a pass reads and writes, as tensors on the device.
+
+    Attributes:
+        pieces: int64, rows of :class:`ppsf_dist.kernels.codes.Piece`.
+        tasks: int64, rows of :class:`Task`.
+        addresses: int64, a row for each shard, by :data:`ADDRESS_COLUMNS`; renewed in every step.
+        sizes: int64, :class:`Sizes`.
+        coefficients, scales, factors, keys, sums: of :class:`ppsf_dist.kernels.interface.Buffers`.
+        moments_gate, weights_gate: its gates as bytes.
+        partial: fp32, sums along the lines of each task.
+        results: fp64, sums of each task, one row for each sum.
+        done: uint8, which tasks have been written in this step.
+    """
+
+    pieces: Any
+    tasks: Any
+    addresses: Any
+    sizes: Any
+    coefficients: Any
+    scales: Any
+    factors: Any
+    keys: Any
+    sums: Any
+    moments_gate: Any
+    weights_gate: Any
+    partial: Any
+    results: Any
+    done: Any
+
+
+def piece_field(name: str) -> int:
+    """Where a field stands in a row of the table of pieces."""
+    offset: int = getattr(Piece, name).offset
+    return offset // 8
+
+
+class Columns(NamedTuple):
+    """Sums along the lines of a matrix: where they go, how many, where the first task's wait, and how many tasks."""
+
+    at: int
+    n: int
+    partial: int
+    tasks: int
+
+
+COLUMN_FIELDS = len(Columns._fields)
+VECTOR_FIELDS = 4 + MOST_AXES
+"""Of a vector of a parameter that is no matrix: where its sums go, the axis, boxes from and to, the shape."""
+BOX_FIELDS = 2 + 2 * MOST_AXES
+"""Of a box of it: the shard, the place of its first element there, offset and size."""
+
+
+class MomentsOnDevice(NamedTuple):
+    """The tables of :class:`ppsf_dist.state.moments.FactoredMoments`, bools as bytes, and the moments that divide."""
+
+    values: Any
+    of_factors: Any
+    slot_of: Any
+    inverse_n: Any
+    in_bf16: Any
+    rows: Any
+    own_mean: Any
+    cell_of: Any
+    ordered: Any

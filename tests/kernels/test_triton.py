@@ -1,0 +1,196 @@
+"""The Triton passes: against the eager ones in Triton's interpreter, and compiled for GPUs that are not here.
+
+The interpreter has to be asked for before Triton is imported, so all that runs in it does so on ranks of the pool.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from ppsf_dist import ProdigyPlusScheduleFree, kernels
+from ppsf_dist.kernels.codes import COEFFICIENTS, Flag, Sum
+from ppsf_dist.kernels.triton.tables import On, Rows
+from ppsf_dist.methods.sums import Stat
+from tests.harness.kernels import interpreted
+from tests.harness.kernels import kernels as kernels_of
+from tests.harness.layouts import LAYOUTS, Layout
+from tests.harness.pool import run
+from tests.kernels.compiled import TARGETS
+from tests.kernels.sides import Cut, make, twin
+from tests.kernels.test_native import CLAIMED, compare
+from tests.rotation import rotated
+from tests.runs import SINGLE, Run, difference, open_loop, open_loop_without_start
+from tests.switches import EVERY
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CUTS = {
+    "whole": Cut.everything((40, 70)),
+    "tall": Cut.everything((70, 12)),
+    "odd": Cut.everything((33,)),
+    "flat": Cut.range((50, 40), 13, 777),
+    "columns": Cut.box((50, 40), (3, 5), (20, 31)),
+    "stack": Cut.everything((3, 40, 20)),
+    "convolution": Cut.everything((36, 5, 3, 3)),
+    "part of a stack": Cut.range((3, 5, 40), 170, 250),
+    "wide": Cut.box((40, 300), (0, 10), (40, 280)),
+    "small": Cut.everything((5, 33)),
+    "number": Cut.everything(()),
+}
+
+
+def _against_eager(name: str, dtype: torch.dtype, cut: str, seed: int) -> None:
+    from ppsf_dist.kernels.triton.backend import TritonKernels
+
+    some: dict[str, Any] = {("missing", "closed", "replicas", "nothing")[seed % 4]: [0]}
+    some.pop("nothing", None)
+    # The interpreter does not fuse where a GPU does, so that a rounding may fall on the other side.
+    compare(make([CUTS[cut]], CLAIMED[name], dtype, seed=seed, **some), TritonKernels(), exactly=False)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("name", "cut"), rotated(CLAIMED, CUTS, rounds=1))
+def test_every_claim_equals_the_eager_kernels(name: str, cut: str) -> None:
+    """fp32 and bf16 in turn; without a gradient, with its gate closed, as a replica, or as it is, in turn."""
+    number = list(CLAIMED).index(name) + list(CUTS).index(cut)
+    run(1, interpreted, _against_eager, name, list(DTYPES.values())[number % 2], cut, number // 2)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("cut", "dtype"), rotated(CUTS, DTYPES, rounds=1))
+def test_every_cut_equals_the_eager_kernels(cut: str, dtype: str) -> None:
+    run(1, interpreted, _against_eager, "default", DTYPES[dtype], cut, 3)
+
+
+SHAPES = [("matrix", (40, 12)), ("vector", (7,)), ("stack", (3, 33, 4))]
+LAYOUTS_IN_TURN = [name for name, layout in LAYOUTS.items() if 1 < layout.world_size <= 3]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("name", "switch"), rotated(LAYOUTS_IN_TURN, ("default", "speed", "unfactored"), rounds=1))
+def test_every_layout_gives_the_run_of_one_process(name: str, switch: str) -> None:
+    """Beside the C++ kernels in one process."""
+    reference = open_loop(SINGLE, SHAPES, 3, groups=2, **EVERY[switch])
+    runs: list[Run] = run(LAYOUTS[name].world_size, interpreted, _trained, LAYOUTS[name], switch)
+    assert all(other.groups == runs[0].groups for other in runs)
+    apart = difference(runs[0], reference)
+    assert apart["d"] <= 1e-6 and apart["weights"] <= 1e-5, apart
+
+
+def _trained(layout: Layout, switch: str) -> Run:
+    return open_loop_without_start(layout, SHAPES, 3, groups=2, **EVERY[switch])
+
+
+def _two_steps(past_torch: bool) -> tuple[list[Any], str]:
+    """Weights, the numerator of d and the kernels after two steps, of which somebody else moves z in the second."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(40, 30) * 0.02)
+    optimizer = ProdigyPlusScheduleFree([p], d0=1e-3)
+    for step in range(2):
+        p.grad = torch.randn(40, 30) * 0.01
+        if step and past_torch:
+            # Past torch, which would count it.
+            memory: numpy.ndarray[Any, Any] = optimizer.state[p]["z"].numpy()
+            memory += 0.01
+        elif step:
+            optimizer.state[p]["z"].add_(0.01)
+        optimizer.step()
+    return [p.tolist(), optimizer.param_groups[0]["d_numerator"]], kernels.report(optimizer)[0].backend
+
+
+@pytest.mark.dist
+def test_packed_samples_follow_whoever_writes_to_z() -> None:
+    (past_torch, backend), (through_torch, _) = (
+        run(1, interpreted, _two_steps, past_torch)[0] for past_torch in (True, False)
+    )
+    assert backend == "triton"
+    assert past_torch == through_torch
+
+
+def _written_twice() -> None:
+    from ppsf_dist.kernels.triton.backend import TritonKernels
+
+    once = make([CUTS["whole"], CUTS["odd"]], CLAIMED["default"], torch.bfloat16, seed=0)
+    twice = twin(once)
+    for side, times in ((once, 1), (twice, 2)):
+        side.prepare(TritonKernels())
+        side.bind()
+        side.passes.pass_1(goes_on=False)
+        side.passes.update_moments()
+        side.passes.fill_factors()
+        for _ in range(times):
+            side.write()
+    for name, value in once.tensors().items():
+        assert torch.equal(value, twice.tensors()[name]), name
+
+
+@pytest.mark.dist
+def test_writing_again_changes_nothing() -> None:
+    """As after an exception between two launches: what was written before it is left alone."""
+    run(1, interpreted, _written_twice)
+
+
+def test_no_constant_of_a_module_is_hidden_from_the_cache_of_compiled_kernels() -> None:
+    for path in (Path(kernels.__file__).parent / "triton").glob("*.py"):
+        source = path.read_text()
+        assert "@triton.jit" not in source or not re.findall(r"\b(?:walk|formulas|element)\.[A-Z]", source), path
+
+
+def test_the_names_of_flags_and_coefficients_are_those_of_the_codes() -> None:
+    assert [flag.name and flag.name.lower() for flag in Flag] == list(On._fields)
+    assert tuple(Rows._fields) == COEFFICIENTS
+    assert [Stat[sum_.name] - Stat.LARGEST_SQUARE for sum_ in Sum] == list(Sum)
+
+
+def test_without_an_interpreter_a_cpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    with kernels_of("triton"):
+        optimizer = ProdigyPlusScheduleFree([p])
+    with pytest.raises(RuntimeError, match="PPSF_KERNELS=triton, but there are no such kernels: on a CPU Triton only"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(3))
+
+
+@pytest.fixture(scope="module")
+def assembly(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    command = [sys.executable, "-m", "tests.kernels.compiled"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+    assert not done.returncode, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.xdist_group("assembly")
+@pytest.mark.parametrize("target", TARGETS)
+def test_aligned_memory_is_read_and_written_16_bytes_at_a_time(assembly: dict[str, Any], target: str) -> None:
+    """By the tiles of a matrix: the gradient in passes 1 and 2, with weights and z in pass 3, and those written."""
+    for kernel, (loads, stores) in {"pass_1": (1, 0), "pass_2": (1, 0), "pass_3": (3, 2)}.items():
+        for dtype in DTYPES:
+            found = assembly.get(f"{target} {kernel} {dtype}")
+            if found is None:
+                continue
+            # Sixteen elements for each thread.
+            times = 4 if dtype == "fp32" else 2
+            assert found["wide loads"] >= loads * times, (kernel, dtype, found)
+            # AMD's compiler makes two stores of eight bytes of most.
+            assert found["wide stores"] >= stores * (1 if target == "gfx942" else times), (kernel, dtype, found)
+    assert any(name.startswith(target) for name in assembly)
+
+
+@pytest.mark.xdist_group("assembly")
+def test_registers_hold_a_tile(assembly: dict[str, Any]) -> None:
+    """Nothing is spilled into memory."""
+    assert {name: of["spilled bytes"] for name, of in assembly.items() if of["spilled bytes"]} == {}
+    assert all(of["registers"] for of in assembly.values())
