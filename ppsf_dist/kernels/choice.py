@@ -112,7 +112,9 @@ class ChosenKernels:
             return Fast("triton", available.load(device), "")
         except Unavailable as error:
             if self._choice != "auto":
-                raise RuntimeError(f"{VARIABLE}={self._choice}, but there are no such kernels: {error}") from error
+                raise RuntimeError(
+                    f"{VARIABLE}={self._choice}, but there are no {self._choice} kernels: {error}"
+                ) from error
             return Fast("eager", None, str(error))
 
     def prepare(

@@ -157,7 +157,9 @@ def test_without_an_interpreter_a_cpu_has_none(monkeypatch: pytest.MonkeyPatch) 
     p.grad = torch.ones(3)
     with kernels_of("triton"):
         optimizer = ProdigyPlusScheduleFree([p])
-    with pytest.raises(RuntimeError, match="PPSF_KERNELS=triton, but there are no such kernels: on a CPU Triton only"):
+    with pytest.raises(
+        RuntimeError, match="PPSF_KERNELS=triton, but there are no triton kernels: on a CPU Triton only"
+    ):
         optimizer.step()
     assert torch.equal(p, torch.ones(3))
 
