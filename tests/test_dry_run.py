@@ -85,7 +85,7 @@ def held_as_state(optimizer: DistributedOptimizer, parameters: list[nn.Parameter
         return size(local(optimizer.state[p][name]) for p in parameters for name in names if name in optimizer.state[p])
 
     tables = [v for name, v in vars(plan.moments).items() if isinstance(v, Tensor) and name != "values"]
-    (passes,) = [passes for passes, _ in plan.passes.parts]  # type: ignore[attr-defined]
+    (passes,) = [passes for passes, _, _ in plan.passes.parts]
     assert isinstance(passes, EagerPasses)
     tables += [index for work in passes.works for index in (work.row_index, work.col_index) if index is not None]
     factored = state("exp_avg_sq_row", "exp_avg_sq_col")

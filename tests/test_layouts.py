@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ppsf_dist.engine import reductions
 from tests.harness.layouts import LAYOUTS, Layout, gather, set_grads, shard_parameters
 from tests.harness.models import NamedShapes, gradient_sequence, initial_weights, named_shapes
 from tests.harness.pool import run
@@ -54,6 +55,26 @@ def test_every_layout_gives_the_run_of_one_process(name: str, switch: str) -> No
         allowed = twice(noise, most=UNSTABLE[switch])
     apart = difference(on_layout(LAYOUTS[name], SHAPES, **EVERY[switch]), reference)
     assert apart["d"] <= allowed["d"] and apart["weights"] <= allowed["weights"], (apart, allowed)
+
+
+def in_portions(layout: Layout, **switch: Any) -> Run:
+    """A run in which sums of g^2 travel in several parts, as those of large models do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reductions, "OF_A_PORTION", 64)
+        return open_loop_without_start(layout, SHAPES, STEPS, groups=2, **switch)
+
+
+@pytest.mark.parametrize(("name", "switch"), rotated(SHARDED, ("default", "speed", "cautious", "orthograd"), rounds=1))
+def test_sums_that_travel_while_pass_1_goes_on_give_the_same_run(name: str, switch: str) -> None:
+    """No matter which of the passes are native: OrthoGrad's are not."""
+    layout = LAYOUTS[name]
+    runs = run(layout.world_size, in_portions, layout, **EVERY[switch])
+    assert all(other.groups == runs[0].groups for other in runs[1:])
+    apart = difference(runs[0], single(switch))
+    assert apart["d"] <= 1e-6 and apart["weights"] <= 1e-5, apart
+    at_once = on_layout(layout, SHAPES, **EVERY[switch])
+    assert runs[0].collectives == at_once.collectives and at_once.asynchronous == 0
+    assert (runs[0].asynchronous > 0) == (at_once.collectives > 0)
 
 
 @pytest.mark.parametrize("switch", ["default", "speed"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from torch import Tensor
 from ppsf_dist.algorithm.second_moment import factoring
 from ppsf_dist.engine.host import HostAccess, PendingCopy
 from ppsf_dist.engine.part_numbers import Traits
-from ppsf_dist.engine.reductions import Outcome, Reductions
-from ppsf_dist.kernels.interface import Buffers, Coefficients, Gates, Kernels, Passes, Scales
+from ppsf_dist.engine.reductions import Outcome, Reductions, portions_of
+from ppsf_dist.kernels.choice import ChosenKernels, ChosenPasses
+from ppsf_dist.kernels.interface import Buffers, Coefficients, Gates, Scales
 from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
 from ppsf_dist.refusals import refuse_gradient, refuse_reshaped, refuse_weights
@@ -64,7 +67,7 @@ class Plan:
 
     def __init__(
         self,
-        kernels: Kernels,
+        kernels: ChosenKernels,
         coefficients: Sequence[str],
         shards: Sequence[Shard],
         groups_of: Sequence[int],
@@ -112,10 +115,13 @@ class Plan:
         masks_late = any(switches[s.group].counts_mask_late for s in table.slots)
         # Whether the denominator is read before the last sum.
         self.divides_early = self.needs_norms or masks_late
+        # One process has nothing to wait for, and what is summed with the norms is summed at once.
+        travels_early = not team.is_alone and self.reduces_sums_early and self.needs_norms
+        self._portions = self._begins() if travels_early else [0]
         self.reductions = Reductions(
             team,
             len(table.slots),
-            len(self.moments),
+            self._lengths(),
             device,
             sums_early=self.reduces_sums_early,
             needs_norms=self.needs_norms,
@@ -123,6 +129,21 @@ class Plan:
         )
         self.buffers = self._make_buffers(coefficients)
         self.passes = self._prepare(frozen)
+
+    def _sums_of(self, slot: int) -> int:
+        placed = self.moments.placed[slot]
+        return 0 if placed is None else placed.col.stop - placed.row.start
+
+    def _begins(self) -> list[int]:
+        """The first slot of each portion of pass 1."""
+        sizes = [math.prod(slot.shape) for slot in self.slots]
+        return portions_of(sizes, [self._sums_of(slot) for slot in range(len(self.slots))])
+
+    def _lengths(self) -> list[int]:
+        """How many sums of g^2 each portion has."""
+        return [
+            sum(map(self._sums_of, range(first, end))) for first, end in pairwise((*self._portions, len(self.slots)))
+        ]
 
     def _make_buffers(self, coefficients: Sequence[str]) -> Buffers:
         device, slots, masks = self.parameters.device, len(self.slots), self.reductions.masks
@@ -174,11 +195,11 @@ class Plan:
             if value:
                 row[slot] = value
 
-    def _prepare(self, frozen: Sequence[bool]) -> Passes:
+    def _prepare(self, frozen: Sequence[bool]) -> ChosenPasses:
         self.frozen = list(frozen)
         switch_of = [self._as_frozen(self._switches[group], group) for group in self._groups_of]
         return self._kernels.prepare(
-            self.shards, self.slot_of_shard, switch_of, self.moments, self._state, self.buffers
+            self.shards, self.slot_of_shard, switch_of, self.moments, self._state, self.buffers, self._portions
         )
 
     def _as_frozen(self, switches: Switches, group: int) -> Switches:

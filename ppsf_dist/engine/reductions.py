@@ -10,6 +10,31 @@ from torch import Tensor
 
 from ppsf_dist.methods.sums import Stat
 from ppsf_dist.sharding import Team
+from ppsf_dist.sharding.team import Pending
+
+OF_A_PORTION = 1 << 18
+"""Sums of g^2 that are worth an all-reduce of their own, which goes on while pass 1 sums the next: a megabyte."""
+
+MOST_PORTIONS = 4
+
+
+def portions_of(sizes: Sequence[int], sums: Sequence[int]) -> list[int]:
+    """Where the portions of a plan begin whose sums of g^2 travel one after the other, about equal in elements.
+
+    Args:
+        sizes: elements of each parameter.
+        sums: numbers that each has in the flat buffer.
+
+    Returns:
+        The first parameter of each portion.
+    """
+    count = max(1, min(MOST_PORTIONS, sum(sums) // OF_A_PORTION))
+    total, before, begins = sum(sizes), 0, [0]
+    for index, size in enumerate(sizes):
+        if len(begins) < count and index and before * count >= total * len(begins):
+            begins.append(index)
+        before += size
+    return begins
 
 
 class Outcome(IntEnum):
@@ -38,7 +63,7 @@ class Reductions:
     Args:
         team: the ranks that sum.
         slots: number of parameters.
-        moments: length of the flat buffer of factored moments.
+        moments: lengths of the parts of the flat buffer of factored moments that are summed one after the other.
         device: of the parameters.
         sums_early: whether the sums of g^2 are needed before pass 2.
         needs_norms: whether there is a pass 2.
@@ -49,7 +74,7 @@ class Reductions:
         self,
         team: Team,
         slots: int,
-        moments: int,
+        moments: Sequence[int],
         device: torch.device,
         *,
         sums_early: bool,
@@ -57,21 +82,22 @@ class Reductions:
         masks_late: bool,
     ) -> None:
         self.team = team
-        self.sums = torch.zeros(moments, dtype=torch.float32, device=device)
+        self.sums = torch.zeros(sum(moments), dtype=torch.float32, device=device)
         self.table = Table(slots, device)
         self.masks = Table(slots, device) if masks_late else None
         # What nothing waits for rides on an all-reduce that comes anyway.
         sequence: list[tuple[Tensor, ...]]
         if not sums_early:
-            sequence = [(self.table.flat, self.sums) if moments else (self.table.flat,)]
+            sequence = [(self.table.flat, self.sums) if len(self.sums) else (self.table.flat,)]
         elif needs_norms:
-            sequence = [(self.sums,), (self.table.flat,)]
+            sequence = [*[(part,) for part in self.sums.split(list(moments))], (self.table.flat,)]
         else:
             sequence = [(self.sums, self.table.flat)]
         if self.masks is not None:
             sequence.append((self.masks.flat,))
         self._sequence: Sequence[tuple[Tensor, ...]] = sequence
         self._done = 0
+        self._pending: list[Pending] = []
 
     @property
     def decided(self) -> bool:
@@ -85,6 +111,7 @@ class Reductions:
 
     def expect(self) -> None:
         """A step begins in which the other ranks wait for every one of these sums."""
+        self.finish()
         self._done = 0
 
     def begin(self) -> None:
@@ -95,14 +122,37 @@ class Reductions:
         if self.masks is not None:
             self.masks.flat.zero_()
 
+    def start(self) -> None:
+        """Begin the next all-reduce, of one tensor: it goes on until :meth:`finish`."""
+        place = self._done + len(self._pending)
+        (tensor,) = self._sequence[place]
+        if self.team.is_alone:
+            self._done += 1
+            return
+        self._pending.append(Pending(self.team, tensor, self._why(place)))
+        self._pending[-1].start()
+
+    def finish(self) -> None:
+        """Wait for those that have begun."""
+        while self._pending:
+            try:
+                if self._pending[0].has_started:
+                    self._pending[0].finish()
+            finally:
+                if self.team.arrived or not self._pending[0].has_started:
+                    self._done += self._pending.pop(0).has_started
+
     def reduce(self) -> None:
         """The next all-reduce. Whether an exception in it came before or after the sums, :attr:`decided` knows."""
-        why = f"sum {self._done + 1} of {len(self._sequence)} of step()"
+        self.finish()
         try:
-            self.team.sum_(*self._sequence[self._done], why=why)
+            self.team.sum_(*self._sequence[self._done], why=self._why(self._done))
         finally:
             if self.team.arrived:
                 self._done += 1
+
+    def _why(self, place: int) -> str:
+        return f"sum {place + 1} of {len(self._sequence)} of step()"
 
     def tell(self, outcome: Outcome) -> list[float]:
         """Take part in the all-reduces of this step that are still to come, without a step, and say why.
@@ -110,6 +160,7 @@ class Reductions:
         Returns:
             How many ranks have said each :class:`Outcome`. Waits for the device.
         """
+        self.finish()
         while not self.decided:
             for tensor in self._sequence[self._done]:
                 tensor.zero_()

@@ -44,7 +44,12 @@ class PartStep:
         plan.begin(self._step.unsound)
         self.numbers.begin(plan.moments)
 
-        passes.pass_1(goes_on=plan.team.is_alone and early and plan.needs_norms)
+        goes_on = plan.team.is_alone and early and plan.needs_norms
+        *before, last = range(passes.portions)
+        for portion in before:
+            passes.pass_1(portion, goes_on=goes_on)
+            reductions.start()
+        passes.pass_1(last, goes_on=goes_on)
         if plan.reduces_sums_early:
             reductions.reduce()
         if early:

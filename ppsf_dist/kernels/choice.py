@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -125,7 +126,13 @@ class ChosenKernels:
         moments: FactoredMoments,
         state: Mapping[Tensor, Mapping[str, Any]],
         buffers: Buffers,
+        portions: Sequence[int] = (0,),
     ) -> ChosenPasses:
+        """As of a backend.
+
+        Args:
+            portions: the first slot of each part of them that has a pass 1 of its own.
+        """
         fast = self._fast(buffers.sums.device)
         missing = fast.why
         reasons = [
@@ -140,14 +147,17 @@ class ChosenKernels:
         def some(of: Sequence[_T], rows: Sequence[int]) -> list[_T]:
             return [of[row] for row in rows]
 
-        parts: list[tuple[Passes, Sequence[int]]] = []
-        for kernels, rows in chosen:
-            if kernels is not None and rows:
-                of_rows = some(shards, rows), some(slots, rows), some(switches, rows)
-                parts.append((kernels.prepare(*of_rows, moments, state, buffers), rows))
-        uses = _uses(shards, reasons, fast.name, kept=sum(passes.kept for passes, _ in parts))
+        parts: list[ChosenPart] = []
+        for portion, (first, end) in enumerate(pairwise((*portions, len(moments.placed)))):
+            for kernels, rows in chosen:
+                here = [row for row in rows if first <= slots[row] < end]
+                if kernels is not None and here:
+                    of_rows = some(shards, here), some(slots, here), some(switches, here)
+                    parts.append(ChosenPart(kernels.prepare(*of_rows, moments, state, buffers), here, portion))
+        uses = _uses(shards, reasons, fast.name, kept=sum(part.passes.kept for part in parts))
         self._tell(uses, missing if buffers.sums.device.type == "cpu" and self._choice != "eager" else "")
-        return ChosenPasses(parts, uses, partial(self.prepare, shards, slots, switches, moments, state, buffers))
+        again = partial(self.prepare, shards, slots, switches, moments, state, buffers, portions)
+        return ChosenPasses(parts, len(portions), uses, again)
 
     def _tell(self, uses: Sequence[Use], missing: str) -> None:
         """Say once for each reason that something is not native."""
@@ -168,42 +178,56 @@ def _uses(shards: Sequence[Shard], reasons: Sequence[str], fast: str, *, kept: i
     )
 
 
+class ChosenPart(NamedTuple):
+    """Passes of one backend, which of all shards are theirs, and the portion that these are in."""
+
+    passes: Passes
+    rows: Sequence[int]
+    portion: int
+
+
 class ChosenPasses:
-    """Implements :class:`ppsf_dist.kernels.interface.Passes` by those of several backends.
+    """The passes of :class:`ppsf_dist.kernels.interface.Passes` over everything in a plan, by several backends.
 
     Args:
-        parts: passes, and which of all shards are theirs. What belongs to no shard is done by the first.
+        parts: what belongs to no shard is done by the first.
+        portions: how many parts pass 1 has.
         uses: what they compute.
         choose: prepares anew.
     """
 
     def __init__(
-        self, parts: Sequence[tuple[Passes, Sequence[int]]], uses: tuple[Use, ...], choose: Callable[[], ChosenPasses]
+        self,
+        parts: Sequence[ChosenPart],
+        portions: int,
+        uses: tuple[Use, ...],
+        choose: Callable[[], ChosenPasses],
     ) -> None:
-        self.parts, self.uses, self._choose = parts, uses, choose
-        self._first = parts[0][0]
+        self.parts, self.portions, self.uses, self._choose = parts, portions, uses, choose
+        self._first = parts[0].passes
 
     @property
     def kept(self) -> int:
-        return sum(passes.kept for passes, _ in self.parts)
+        return sum(part.passes.kept for part in self.parts)
 
     def fits(self, weights: Sequence[Tensor]) -> bool:
-        return all(passes.fits([weights[i] for i in rows]) for passes, rows in self.parts)
+        return all(passes.fits([weights[i] for i in rows]) for passes, rows, _ in self.parts)
 
     def bind(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         if not self.fits(weights):
             again = self._choose()
             self.parts, self.uses, self._first = again.parts, again.uses, again._first
-        for passes, rows in self.parts:
+        for passes, rows, _ in self.parts:
             passes.bind([weights[i] for i in rows], [gradients[i] for i in rows])
 
     def release(self) -> None:
-        for passes, _ in self.parts:
+        for passes, _, _ in self.parts:
             passes.release()
 
-    def pass_1(self, *, goes_on: bool) -> None:
-        for passes, _ in self.parts:
-            passes.pass_1(goes_on=goes_on)
+    def pass_1(self, portion: int, *, goes_on: bool) -> None:
+        for part in self.parts:
+            if part.portion == portion:
+                part.passes.pass_1(goes_on=goes_on)
 
     def update_moments(self) -> None:
         self._first.update_moments()
@@ -212,16 +236,16 @@ class ChosenPasses:
         self._first.fill_factors()
 
     def pass_2(self) -> None:
-        for passes, _ in self.parts:
+        for passes, _, _ in self.parts:
             passes.pass_2()
 
     def count_masks(self) -> None:
-        for passes, _ in self.parts:
+        for passes, _, _ in self.parts:
             passes.count_masks()
 
     def write_moments(self, writes: Writes) -> None:
         self._first.write_moments(writes)
 
     def pass_3(self, known: KnownGates | None, writes: Writes) -> None:
-        for passes, _ in self.parts:
+        for passes, _, _ in self.parts:
             passes.pass_3(known, writes)

@@ -15,6 +15,52 @@ class CollectiveFailed(RuntimeError):
     """A collective has not come to its end: ranks are missing, or the network is."""
 
 
+class Pending:
+    """A sum over a team that goes on beside what this rank does. Nobody may touch the tensor before it has ended.
+
+    Args:
+        team: the ranks that sum.
+        tensor: what is summed, in place.
+        why: what it is, for the error's message.
+    """
+
+    def __init__(self, team: Team, tensor: Tensor, why: str) -> None:
+        self._team, self._tensor, self._why = team, tensor, why
+        self._flat = tensor
+        self._started: list[Any] = []
+
+    @property
+    def has_started(self) -> bool:
+        """Whether the other ranks count on this one."""
+        return bool(self._started)
+
+    def start(self) -> None:
+        """Begin.
+
+        Raises:
+            CollectiveFailed: the network has failed.
+        """
+        try:
+            self._flat = self._team.begin(self._started, self._tensor, waits=False)
+        except RuntimeError as error:
+            raise self._team.failed(self._why, error) from error
+
+    def finish(self) -> None:
+        """Wait for the sums. A ctrl-C waits for them too, because on the other ranks they arrive.
+
+        Raises:
+            CollectiveFailed: a rank has not come, or the network has failed.
+        """
+        to = () if self._flat is self._tensor else (self._tensor,)
+        try:
+            self._team.finish(self._started, self._flat, to)
+        except RuntimeError as error:
+            raise self._team.failed(self._why, error) from error
+        except BaseException:
+            self._team.finish(self._started, self._flat, to)
+            raise
+
+
 class Team:
     """Ranks whose shards together make up the parameters of one optimizer.
 
@@ -86,22 +132,36 @@ class Team:
 
         Where a ctrl-C comes in between, the sums arrive all the same, because on the other ranks they do.
         """
-        assert self.group is not None
-        options = AllreduceOptions()
-        options.asyncOp = False
         started: list[Any] = []
         try:
-            # Both run in C: no signal is handled between the start of the sum and the knowledge that it has started.
-            started.extend(map(self.group.allreduce, [[flat]], [options]))
-            self._finish(started, flat, tensors)
+            self.begin(started, flat, waits=True)
+            self.finish(started, flat, tensors)
         except RuntimeError as error:
-            raise self._failed(why, error) from error
+            raise self.failed(why, error) from error
         except BaseException:
             if started:
-                self._finish(started, flat, tensors)
+                self.finish(started, flat, tensors)
             raise
 
-    def _finish(self, started: Sequence[Any], flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    def begin(self, started: list[Any], tensor: Tensor, *, waits: bool) -> Tensor:
+        """Begin to sum a tensor, or a copy of it where the ranks can reduce; which one, is returned.
+
+        Args:
+            started: takes the work that has begun.
+            tensor: to be summed.
+            waits: whether nothing is done until it ends.
+        """
+        assert self.group is not None
+        self.arrived = False
+        here = tensor.to(self._device_for(tensor))
+        options = AllreduceOptions()
+        options.asyncOp = not waits
+        # Both run in C: no signal is handled between the start of the sum and the knowledge that it has started.
+        started.extend(map(self.group.allreduce, [[here]], [options]))
+        return here
+
+    def finish(self, started: Sequence[Any], flat: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Wait for a sum and copy its parts to where they belong."""
         for work in started:
             if work is not None:
                 work.wait()
@@ -129,10 +189,11 @@ class Team:
         try:
             dist.all_gather_object(values, value, group=self.group)
         except RuntimeError as error:
-            raise self._failed(why, error) from error
+            raise self.failed(why, error) from error
         return values
 
-    def _failed(self, why: str, error: RuntimeError) -> CollectiveFailed:
+    def failed(self, why: str, error: RuntimeError) -> CollectiveFailed:
+        """The error of a collective that has not come to its end."""
         return CollectiveFailed(
             f"rank {dist.get_rank()} waited for {why} with ranks {self.ranks}, and not all of them came: look at the "
             "first error of the others, and see whether each rank calls step(), eval(), train(), state_dict() and "
