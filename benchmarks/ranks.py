@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ppsf_dist import ProdigyPlusScheduleFree
+from ppsf_dist.engine import reductions
 from tests.harness.counting import count_collectives
 
 
@@ -30,8 +31,9 @@ class Point:
     collective_bytes: int
 
 
-def measure(matrices: int, size: int, steps: int) -> Point:
-    """On one rank of a pool."""
+def measure(matrices: int, size: int, steps: int, portions: int, worth: int) -> Point:
+    """On one rank of a pool, with sums of g^2 that travel in at most so many portions, of at least so many each."""
+    reductions.MOST_PORTIONS, reductions.OF_A_PORTION = portions, worth
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     generator = torch.Generator().manual_seed(0)
     parameters = []

@@ -10,6 +10,7 @@ import argparse
 from typing import Any
 
 from benchmarks.ranks import Point, measure
+from ppsf_dist.engine.reductions import MOST_PORTIONS, OF_A_PORTION
 from tests.harness.pool import run
 
 
@@ -35,11 +36,17 @@ def main() -> None:
     parser.add_argument("--matrices", nargs="+", type=int, default=[10, 100, 1000], help="(default: 10 100 1000)")
     parser.add_argument("--size", type=int, default=256, help="rows and columns of each (default: 256)")
     parser.add_argument("--steps", type=int, default=15, help="measured steps (default: 15)")
+    parser.add_argument("--portions", type=int, default=MOST_PORTIONS,
+                        help="most portions in which sums of g^2 travel (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--worth", type=int, default=OF_A_PORTION,
+                        help="sums that are worth a portion of their own (default: %(default)s)")  # fmt: skip
     arguments = parser.parse_args()
     rows: list[tuple[int, int, Point]] = []
     for ranks in arguments.ranks:
         for matrices in arguments.matrices:
-            points: list[Any] = run(ranks, measure, matrices, arguments.size, arguments.steps)
+            points: list[Any] = run(
+                ranks, measure, matrices, arguments.size, arguments.steps, arguments.portions, arguments.worth
+            )
             rows.append((ranks, matrices, max(points, key=lambda point: float(point.step))))
     print(table(rows))
 

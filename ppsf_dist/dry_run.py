@@ -77,8 +77,8 @@ class Forecast:
     Attributes:
         strategy: its name, with the mesh for HSDP.
         shares: of each rank.
-        reductions: bytes that one rank gives to each all-reduce of a step of the optimizer, in order; more than two
-            megabytes of sums of g^2 travel in up to four all-reduces beside pass 1 and are one here. What the
+        reductions: bytes that one rank gives to each all-reduce of a step of the optimizer, in order; from half a
+            megabyte on sums of g^2 travel in up to four all-reduces beside pass 1 and are one here. What the
             strategy itself sends, gradients and gathered weights, comes on top.
     """
 

@@ -12,8 +12,8 @@ from ppsf_dist.methods.sums import Stat
 from ppsf_dist.sharding import Team
 from ppsf_dist.sharding.team import Pending
 
-OF_A_PORTION = 1 << 18
-"""Sums of g^2 that are worth an all-reduce of their own, which goes on while pass 1 sums the next: a megabyte."""
+OF_A_PORTION = 1 << 16
+"""Sums of g^2 that are worth an all-reduce of their own, which goes on while pass 1 sums the next: 256 kB."""
 
 MOST_PORTIONS = 4
 
