@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import defaultdict
 from contextlib import nullcontext
@@ -193,6 +194,7 @@ def train(how: str, *, in_backward: bool, micro_batches: int = 1, **switches: An
         result["d"].append(optimizer.get_d())
         result["k"].append([group["k"] for group in optimizer.param_groups])
     result["reductions"] = collectives.names["allreduce_"]
+    result["beside the backward pass"] = collectives.asynchronous
     result["weights"] = gather(dict(model.named_parameters()))
     result["state"] = sorted(tuple(sorted(state)) for state in optimizer.state.values())
     return result
@@ -225,6 +227,8 @@ def test_fully_shard(world_size: int, how: str, micro_batches: int) -> None:
     compare(ours[0], reference[0])
     if how == "default":
         assert (ours[0]["reductions"], reference[0]["reductions"]) == (2 * BLOCKS_AND_ROOT, 2)
+        ahead = [of[0]["beside the backward pass"] for of in (ours, reference)]
+        assert ahead == [BLOCKS_AND_ROOT, 0], "reduce 1 of each group waits for nobody"
 
 
 def train_in_backward(how: str, micro_batches: int) -> dict[str, Any]:
@@ -316,6 +320,71 @@ def test_a_gradient_that_is_not_finite_skips_its_group_and_d_on_all_ranks() -> N
         assert (result["skipped"], result["k"]) == (1, 3)
         assert result["moved"]["blocks.0.1.weight"] == result["moved"]["blocks.0.1.bias"] == [True, False, True]
         assert result["moved"]["blocks.1.1.weight"] == [True, True, True]
+
+
+class Failed(Exception):
+    pass
+
+
+def ended_early(after: str) -> dict[str, Any]:
+    """A backward pass ends in an exception when the sums of a group are on their way; what the user does then."""
+    model = wrap(Tied(), "default")
+    assert isinstance(model, FSDPModule) and isinstance(model.blocks, nn.ModuleList)
+    optimizer = ProdigyPlusScheduleFree(model.parameters(), d0=D0, fused_back_pass=True)
+    step_in_backward(model, optimizer)
+    tokens = batch(0).chunk(2)[dist.get_rank()]
+
+    def step() -> None:
+        loss_of(model, tokens).backward()
+        optimizer.step()
+
+    step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    started = {name: local(p.detach()).clone() for name, p in model.named_parameters()}
+    block = model.blocks[0]
+    assert isinstance(block, nn.Sequential)
+
+    def fail(*_: Any) -> None:
+        raise Failed
+
+    handle = block.register_full_backward_pre_hook(fail)
+    with pytest.raises(Failed):
+        loss_of(model, tokens).backward()
+    handle.remove()
+    begun = optimizer._engine._begun is not None
+    if after == "load_state_dict":
+        optimizer.load_state_dict(saved)
+    else:
+        getattr(optimizer, after)()
+    moved = [name for name, p in model.named_parameters() if not torch.equal(local(p), started[name])]
+    if after == "eval":
+        optimizer.train()
+    # FSDP2 frees what the backward pass that has failed left gathered when the next forward pass begins.
+    model.reshard()
+    optimizer.zero_grad()
+    optimizer.step()
+    k = [group["k"] for group in optimizer.param_groups]
+    return {
+        "begun": begun,
+        "moved": moved,
+        "k": k,
+        "d": optimizer.get_d(),
+        "weights": gather(dict(model.named_parameters())),
+    }
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("after", ["step", "state_dict", "eval", "load_state_dict"])
+def test_a_backward_pass_that_ends_early_leaves_no_sum_behind(after: str) -> None:
+    """The group that has begun is stepped, unless another state is loaded; nobody waits for anybody."""
+    first, second = run(2, ended_early, after)
+    assert first["begun"] and second["begun"]
+    assert (first["d"], first["k"]) == (second["d"], second["k"])
+    for name, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][name]), name
+    stepped = after != "load_state_dict"
+    assert any("blocks.1" in name for name in first["moved"]) == stepped
+    assert not any("blocks.0" in name for name in first["moved"]) or after == "eval"
 
 
 def checkpointed() -> bool:

@@ -8,50 +8,25 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ppsf_dist.engine.group_numbers import News
+from ppsf_dist.engine.open_step import Begun, OpenStep
 from ppsf_dist.engine.plan import Plan
 from ppsf_dist.engine.planning import Owner, Planner
 from ppsf_dist.engine.reports import Observer, report_of
 from ppsf_dist.engine.step import PartStep
 from ppsf_dist.engine.swap import Swap
-from ppsf_dist.methods.base import Cause, Method, StepNumbers, Total, merged
+from ppsf_dist.methods.base import Cause, Method, StepNumbers, Total
 from ppsf_dist.sharding import Group, Layout, Part, drop_gathered_copies
 from ppsf_dist.sharding.slots import Disagreement, describe, share_failure
 from ppsf_dist.state.writes import Write, Writes
 
 ATTEMPTS = 3
 """How often what must come to its end is tried."""
-
-
-class OpenStep(NamedTuple):
-    """A step that has begun.
-
-    Attributes:
-        numbers: of its groups.
-        stepped: the parts of it that have come.
-        totals: what they add up to, None before the first.
-        waiting: those that are not written before all have come, where the method's d is that of the same step.
-    """
-
-    numbers: StepNumbers
-    stepped: Part = frozenset()
-    totals: Tensor | None = None
-    waiting: tuple[PartStep, ...] = ()
-
-    def after(self, part: Part, step: PartStep, *, waits: bool) -> OpenStep:
-        """The same step when one more part has come."""
-        totals = step.contribution.totals
-        return self._replace(
-            stepped=self.stepped | part,
-            totals=totals if self.totals is None else merged([self.totals, totals]),
-            waiting=(*self.waiting, step) if waits else self.waiting,
-        )
 
 
 class Engine(Planner):
@@ -64,6 +39,7 @@ class Engine(Planner):
     def __init__(self, owner: Owner, method: Method, process_group: dist.ProcessGroup | None, seed: int) -> None:
         super().__init__(owner, method, process_group, seed)
         self._open: OpenStep | None = None
+        self._begun: Begun | None = None
         self._torn: str | None = None
         # A handle keeps a weak reference to it, which a plain dict does not allow.
         self.observers: OrderedDict[int, Observer] = OrderedDict()
@@ -137,14 +113,29 @@ class Engine(Planner):
             self._step_part(part, plan)
 
     def run_some(self, params: list[Tensor]) -> None:
-        """Step some parameters, on all ranks that hold pieces of them."""
+        """Step some parameters, on all ranks that hold pieces of them.
+
+        Their first sums are on their way when this returns; the next call, or the end of the step, does the rest.
+        """
         self._refuse_torn()
+        self._end_begun()
         layout = self.current_layout()
         part = frozenset(layout.param_ids[param] for param in params)
         with self._together(layout, part):
             plan = self.current_plan(part)
-            if plan is not None:
+            if plan is None:
+                return
+            if plan.team.is_alone or not plan.sums_travel_alone:
                 self._step_part(part, plan)
+            else:
+                self._begun = self._begin_part(part, plan, goes_ahead=True)
+
+    def _end_begun(self) -> None:
+        """Bring the part to its end whose sums have travelled meanwhile."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            with self._together(self.current_layout(), begun.part, goes_on=True):
+                self._end_part(begun)
 
     def _end_backward(self, layout: Layout) -> None:
         """End the step that the backward pass has made, if it has made one, and create the state that is missing."""
@@ -171,6 +162,7 @@ class Engine(Planner):
 
     def settle_backward(self) -> None:
         """End a step that nobody has ended, now that the backward pass must be over."""
+        self._end_begun()
         if self._open is not None and self.is_fused:
             self._finish_step()
 
@@ -180,13 +172,29 @@ class Engine(Planner):
         An exception undoes the part and drops the step, as long as the ranks have not decided; from then on everything
         is brought to its end before the exception goes on its way.
         """
+        self._end_part(self._begin_part(part, plan), ends_with=ends_with)
+
+    def _begin_part(self, part: Part, plan: Plan, *, goes_ahead: bool = False) -> Begun:
         opened = self._open or OpenStep(self._begin_step())
-        waits = self.method.d_timing == "current"
-        ends = ends_with is not None and ends_with <= opened.stepped | part
         frozen = [self.method.is_frozen(group) for group in self.groups]
         if plan.frozen != frozen:
             plan.freeze(frozen)
         step = PartStep(plan, opened.numbers)
+        plan.reductions.expect()
+        try:
+            self._open = opened
+            step.begin(goes_ahead=goes_ahead)
+        except BaseException:
+            plan.end()
+            self._drop_step()
+            raise
+        return Begun(part, step, opened)
+
+    def _end_part(self, begun: Begun, *, ends_with: Part | None = None) -> None:
+        part, step, opened = begun
+        plan = step.plan
+        waits = self.method.d_timing == "current"
+        ends = ends_with is not None and ends_with <= opened.stepped | part
 
         def conclude() -> None:
             # From what was there before this part, so that twice is once.
@@ -202,9 +210,7 @@ class Engine(Planner):
             if ends:
                 self._finish_step(step)
 
-        plan.reductions.expect()
         try:
-            self._open = opened
             step.measure()
             conclude()
         except BaseException:
@@ -233,10 +239,11 @@ class Engine(Planner):
 
     def _drop_step(self) -> None:
         """The step that has begun ends without a trace, but for parts that were written."""
-        if self._open is not None:
-            for step in self._open.waiting:
-                step.plan.end()
-        self._open = None
+        ended = [] if self._begun is None else [self._begun.step]
+        ended += [] if self._open is None else self._open.waiting
+        self._begun = self._open = None
+        for step in ended:
+            step.plan.end()
 
     def _finish_step(self, last: PartStep | None = None) -> None:
         """What has waited is written, and d for the next step comes from the sums of all parts.

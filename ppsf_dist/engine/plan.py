@@ -115,9 +115,9 @@ class Plan:
         masks_late = any(switches[s.group].counts_mask_late for s in table.slots)
         # Whether the denominator is read before the last sum.
         self.divides_early = self.needs_norms or masks_late
-        # One process has nothing to wait for, and what is summed with the norms is summed at once.
-        travels_early = not team.is_alone and self.reduces_sums_early and self.needs_norms
-        self._portions = self._begins() if travels_early else [0]
+        # Whether nothing rides with the sums of g^2, so that they may go ahead.
+        self.sums_travel_alone = self.reduces_sums_early and self.needs_norms
+        self._portions = self._begins() if self.sums_travel_alone and not team.is_alone else [0]
         self.reductions = Reductions(
             team,
             len(table.slots),

@@ -235,11 +235,16 @@ class Planner:
         return self._trained[2]
 
     @contextmanager
-    def _together(self, layout: Layout, part: Part) -> Iterator[None]:
-        """A call in which all ranks meet: an exception of this one reaches the others, which would wait for it."""
+    def _together(self, layout: Layout, part: Part, *, goes_on: bool = False) -> Iterator[None]:
+        """A call in which all ranks meet: an exception of this one reaches the others, which would wait for it.
+
+        Args:
+            layout, part: what it is about.
+            goes_on: whether it goes on with sums that have begun.
+        """
         self._shared = None
         reductions = self._reductions_of(part)
-        if reductions is not None:
+        if reductions is not None and not goes_on:
             reductions.expect()
         try:
             yield

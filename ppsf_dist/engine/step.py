@@ -23,9 +23,9 @@ class Prepared(NamedTuple):
 
 
 class PartStep:
-    """One step of the parameters of a plan: :meth:`measure`, then :meth:`write`.
+    """One step of the parameters of a plan: :meth:`begin`, :meth:`measure`, then :meth:`write`.
 
-    Measuring only reads. An exception in it undoes the step: there is nothing to undo. From the last sum on
+    The first two only read. An exception in it undoes the step: there is nothing to undo. From the last sum on
     (``plan.reductions.decided``) the other ranks write, so this one must: what follows is computed from what is there,
     and writing goes on where an exception has ended it, if :meth:`write` is called again.
     """
@@ -33,26 +33,40 @@ class PartStep:
     def __init__(self, plan: Plan, step: StepNumbers) -> None:
         self.plan, self._step = plan, step
         self._writes = Writes()
+        self._went_ahead = False
         self._prepared: Prepared | None = None
         self._unsound_weights: Tensor | None = None
 
-    def measure(self) -> None:
-        """The upper half of the picture: pass 1, reduce 1, moments, pass 2, reduce 2 (and a third for late masks)."""
+    def begin(self, *, goes_ahead: bool = False) -> None:
+        """The picture from its top: pass 1, whose sums travel in several portions of a large plan.
+
+        Args:
+            goes_ahead: whether reduce 1 begins at once, if nothing else rides with it, and goes on until
+                :meth:`measure`. Otherwise it begins there.
+        """
         plan, passes, reductions = self.plan, self.plan.passes, self.plan.reductions
-        early = plan.divides_early and plan.reduces_sums_early
         plan.capture_unseen()
         plan.begin(self._step.unsound)
         self.numbers.begin(plan.moments)
 
-        goes_on = plan.team.is_alone and early and plan.needs_norms
+        goes_on = plan.team.is_alone and plan.sums_travel_alone
         *before, last = range(passes.portions)
         for portion in before:
             passes.pass_1(portion, goes_on=goes_on)
             reductions.start()
         passes.pass_1(last, goes_on=goes_on)
-        if plan.reduces_sums_early:
+        self._went_ahead = goes_ahead and plan.sums_travel_alone
+        if self._went_ahead:
+            reductions.start()
+
+    def measure(self) -> None:
+        """The rest of the upper half: reduce 1, moments, pass 2, reduce 2 (and a third for late masks)."""
+        plan, passes, reductions = self.plan, self.plan.passes, self.plan.reductions
+        if self._went_ahead:
+            reductions.finish()
+        elif plan.reduces_sums_early:
             reductions.reduce()
-        if early:
+        if plan.divides_early and plan.reduces_sums_early:
             self._fill_factors()
         if plan.needs_norms:
             passes.pass_2()

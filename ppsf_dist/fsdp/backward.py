@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def step_in_backward(model: nn.Module, optimizer: ProdigyPlusScheduleFree) -> StepInBackward:
-    """Let ``loss.backward()`` step the parameters, so that only the gradients of one FSDP group are alive at a time.
+    """Let ``loss.backward()`` step the parameters, so that only the gradients of two FSDP groups are alive at a time.
 
     ``optimizer.step()`` stays where it is in the training loop and ends the step: with d and k, nothing is left to
     chance or to a count of parameters. Call it after every backward pass, except those that only accumulate::
@@ -29,10 +29,12 @@ def step_in_backward(model: nn.Module, optimizer: ProdigyPlusScheduleFree) -> St
         loss.backward()
         optimizer.step()
 
-    Each group of ``fully_shard`` is stepped when its last gradient arrives, with one pair of reductions. Where some of
-    its parameters have no gradient, it is stepped when the next group begins or at ``optimizer.step()``. On one
-    process without ``fully_shard`` each parameter is a group. Parameters beside those of FSDP (``ignored_params``,
-    tensor parallelism alone) keep their gradients until ``optimizer.step()``, which steps them together.
+    The step of a group of ``fully_shard`` begins when its last gradient arrives: pass 1 reads it, and its sums travel
+    while the backward pass goes on to the next group, whose last gradient then ends it. Where some of its parameters
+    have no gradient, it is stepped when the next group begins or at ``optimizer.step()``. On one process without
+    ``fully_shard`` each parameter is a group, and stepped at once: nothing has to travel. Parameters beside those of
+    FSDP (``ignored_params``, tensor parallelism alone) keep their gradients until ``optimizer.step()``, which steps
+    them together.
 
     The run is that of the usual loop, but for the order of summation, with two exceptions. A gradient that is not
     finite skips its own group and the update of d and k, not what was stepped before it. And gradients cannot be
