@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def averaging_weight(
-    delta: Tensor, weight_sum: Tensor, beta1: Tensor, schedulefree_c: Tensor
+    delta: Tensor, weight_sum: Tensor, beta1: Tensor, schedulefree_c: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weight of this step in the average, for vectors over groups (fp64).
 
@@ -19,15 +19,17 @@ def averaging_weight(
         delta: step length d * lr (rectified).
         weight_sum: sum of the squared step lengths so far.
         beta1: interpolation between z and x.
-        schedulefree_c: 0, or the constant C of arXiv:2507.07101 that replaces ``1 / (1 - beta1)``.
+        schedulefree_c: 0, or the constant C of arXiv:2507.07101 that replaces ``1 / (1 - beta1)``; None
+            where all are 0.
 
     Returns:
         ``c`` (share of z in the new average), ``q = 1 - beta1 (1 - c)`` (share of the step that y takes at once), and
         the new sum of weights.
     """
     c, total = share(delta * delta, weight_sum)
-    scaled = (c * (1 - beta1) * schedulefree_c).clamp_max(1)
-    c = torch.where(schedulefree_c > 0, scaled, c)
+    if schedulefree_c is not None:
+        scaled = (c * (1 - beta1) * schedulefree_c).clamp_max(1)
+        c = torch.where(schedulefree_c > 0, scaled, c)
     return c, 1 - beta1 * (1 - c), total
 
 

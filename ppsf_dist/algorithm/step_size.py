@@ -64,7 +64,8 @@ class StepSize:
 class StepSizeRule:
     """The arguments of the rule, as vectors over groups (fp64, or bool for switches).
 
-    ``beta4`` is None where it is 0 for all groups, and ``growth_rate`` where none has one (a single 0 is none, too).
+    ``beta4`` is None where it is 0 for all groups, the switches are where all are off, and ``growth_rate`` where none has
+    one (a single 0 is none, too).
     """
 
     beta3: Tensor
@@ -72,8 +73,8 @@ class StepSizeRule:
     growth_rate: Tensor | None
     d0: Tensor
     d_coef: Tensor
-    d_limiter: Tensor
-    use_speed: Tensor
+    d_limiter: Tensor | None
+    use_speed: Tensor | None
     quirks: bool
 
 
@@ -97,14 +98,15 @@ def adapted(old: StepSize, numerator: Tensor, denominator: Tensor, rule: StepSiz
             below it), as in the first version of prodigy-plus-schedule-free; otherwise the largest one.
     """
     counts = (old.d > rule.d0) | (numerator > 0)
-    total = rule.beta3 * old.d_numerator + torch.where(counts, numerator, torch.zeros_like(numerator))
+    total = rule.beta3 * old.d_numerator + torch.where(counts, numerator, 0.0)
     largest = torch.maximum(total, old.max_d_numerator)
 
     estimate = total / denominator
     if not rule.quirks:
         estimate = rule.d_coef * estimate
-    limited = torch.minimum(GROWTH_LIMIT * old.d, estimate)
-    estimate = torch.where(rule.d_limiter, limited, estimate)
+    if rule.d_limiter is not None:
+        limited = torch.minimum(GROWTH_LIMIT * old.d, estimate)
+        estimate = torch.where(rule.d_limiter, limited, estimate)
     if rule.quirks:
         # The reference multiplies after it has limited: d can then jump by d_coef * 2^(1/4), or never grow at all.
         estimate = rule.d_coef * estimate
@@ -114,21 +116,26 @@ def adapted(old: StepSize, numerator: Tensor, denominator: Tensor, rule: StepSiz
     if rule.beta4 is not None:
         average = rule.beta4 * old.d + (1 - rule.beta4) * torch.maximum(estimate, rule.d0)
         prodigy = torch.where(rule.beta4 > 0, average, prodigy)
-    prodigy = torch.where(denominator > 0, prodigy, old.d)
-
-    progress = (total >= largest) & (total > 0) & (old.d_numerator > 0)
-    ratio = torch.where(progress, total / old.d_numerator, torch.ones_like(total)).clamp_min(0).sqrt()
-    grown = old.d * ratio.clamp_max(GROWTH_LIMIT) * rule.d_coef**0.125
-    if rule.growth_rate is not None:
-        grown = torch.minimum(grown, growth_limit(old.d, rule.d0, rule.growth_rate))
-    speed = torch.where(progress, torch.maximum(old.d, grown), old.d)
+    d = torch.where(denominator > 0, prodigy, old.d)
+    if rule.use_speed is not None:
+        d = torch.where(rule.use_speed, _speed(old, total, largest, rule), d)
     return StepSize(
-        d=torch.where(rule.use_speed, speed, prodigy),
+        d=d,
         d_numerator=total,
         d_denom=denominator,
         prev_d_numerator=old.d_numerator,
         max_d_numerator=largest,
     )
+
+
+def _speed(old: StepSize, total: Tensor, largest: Tensor, rule: StepSizeRule) -> Tensor:
+    """SPEED's d: it grows by the root of what the numerator has grown by, while that is at its largest."""
+    progress = (total >= largest) & (total > 0) & (old.d_numerator > 0)
+    ratio = torch.where(progress, total / old.d_numerator, torch.ones_like(total)).clamp_min(0).sqrt()
+    grown = old.d * ratio.clamp_max(GROWTH_LIMIT) * rule.d_coef**0.125
+    if rule.growth_rate is not None:
+        grown = torch.minimum(grown, growth_limit(old.d, rule.d0, rule.growth_rate))
+    return torch.where(progress, torch.maximum(old.d, grown), old.d)
 
 
 class GlobalStepSize(NamedTuple):
@@ -184,7 +191,7 @@ class SpeedState:
 
 
 def speed_contribution(
-    old: SpeedState, dot: Tensor, l1: Tensor, l2: Tensor, k: Tensor, weight: Tensor
+    old: SpeedState, dot: Tensor, l1: Tensor, l2: Tensor, k: Tensor
 ) -> tuple[SpeedState, Tensor, Tensor]:
     """SPEED's share of each parameter in its group's sums.
 
@@ -193,10 +200,10 @@ def speed_contribution(
         dot: sum of ``g (p0 - point)`` over the samples.
         l1, l2: norms of ``p0 - point`` over the samples.
         k: 1-based step of the parameter's group.
-        weight: ``d^2 / sqrt(d0)`` of the group.
 
     Returns:
-        The new memory, the share in the numerator, and the share in the denominator (which is only reported).
+        The new memory, the share in the numerator before :func:`prodigy_weight`, and the share in the denominator
+        (which is only reported).
     """
     first = old.max_x0_minus_l1_norm == 0
     decay = 1 - k**-0.75
@@ -206,7 +213,7 @@ def speed_contribution(
         max_x0_minus_l1_norm=torch.maximum(l1, old.max_x0_minus_l1_norm.clamp_min(SPEED_FLOOR)),
         max_x0_minus_l2_norm=torch.maximum(l2, old.max_x0_minus_l2_norm.clamp_min(SPEED_FLOOR)),
     )
-    share = weight / (1 + state.max_x0_minus_l2_norm).square() * state.exp_avg_x0_dot / state.max_x0_minus_l1_norm
+    share = 1 / (1 + state.max_x0_minus_l2_norm).square() * state.exp_avg_x0_dot / state.max_x0_minus_l1_norm
     return state, share, state.max_x0_minus_l2_norm
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ppsf_dist.algorithm import direction, rounding
 from ppsf_dist.engine.host import HostAccess
 from ppsf_dist.engine.reductions import Outcome, Reductions
-from ppsf_dist.kernels.interface import Buffers, Gates, KnownGates, Scales
+from ppsf_dist.kernels.interface import Buffers, KnownGates, Scales
 from ppsf_dist.methods.base import Cause, StepNumbers
 from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
@@ -20,32 +20,48 @@ from ppsf_dist.sharding.slots import SlotTable
 from ppsf_dist.state.inventory import PARAMETER_NUMBERS
 from ppsf_dist.state.moments import FactoredMoments
 
+_CAUSES = (
+    Cause.WEIGHTS, Cause.GRADIENT, *[Cause.NUMBER if o is Outcome.UNSOUND else Cause.FAILURE for o in Outcome],
+)  # fmt: skip
+"""For sums of the state and of gradients that are not finite, and for each outcome."""
+
 
 @dataclass
 class Traits:
     """What never changes about the parameters of a plan, as vectors over slots on the device.
 
     The flags say what no parameter needs, so that nothing is computed for it.
+
+    Attributes:
+        causes: not to write, by :data:`_CAUSES`.
+        one, zero: constants.
     """
 
     group_of: Tensor
     membership: Tensor
     numel: Tensor
+    causes: Tensor
     adopt: Tensor
     stableadamw: Tensor
     measured: Tensor
     orthograd: Tensor
     early_mask: Tensor
     late_mask: Tensor
-    gain_is_d: Tensor
-    focus_fixed: Tensor
-    momentum_of_d: Tensor
     rounds_samples: Tensor
     rounds_s: Tensor
     param_id: Tensor
+    one: Tensor
+    zero: Tensor
     any_adopt: bool
+    any_focus: bool
     any_orthograd: bool
     any_mask: bool
+    any_late_mask: bool
+    any_rounds_samples: bool
+    any_rounds_s: bool
+    all_measured: bool
+    any_stableadamw: bool
+    all_stableadamw: bool
     any_speed: bool
     any_random: bool
 
@@ -63,29 +79,35 @@ class Traits:
         groups = torch.tensor([slot.group for slot in table.slots], dtype=torch.int64)
         sizes = [float(torch.Size(slot.shape).numel()) for slot in table.slots]
         membership = groups == torch.arange(len(switches)).unsqueeze(1)
-        divides = [
-            s.second_moment and s.schedulefree and not s.atan2 and not s.focus and not (s.adopt and not s.quirks)
-            for s in of_slot
-        ]
+        rounds_samples = [rounds and s.quirks for rounds, s in zip(bf16, of_slot, strict=True)]
+        rounds_s = [rounds and s.quirks for rounds, s in zip(s_in_bf16, of_slot, strict=True)]
+        numel = torch.tensor(sizes, dtype=torch.float64, device=device)
         return cls(
             group_of=groups.to(device),
             membership=membership.to(device),
-            numel=torch.tensor(sizes, dtype=torch.float64, device=device),
+            numel=numel,
+            causes=torch.tensor(_CAUSES, dtype=torch.float64, device=device),
             adopt=flags([s.adopt for s in of_slot]),
             stableadamw=flags([s.stableadamw for s in of_slot]),
             measured=flags([s.needs_norms for s in of_slot]),
             orthograd=flags([s.orthograd for s in of_slot]),
             early_mask=flags([s.counts_mask_early for s in of_slot]),
             late_mask=flags([s.counts_mask_late for s in of_slot]),
-            gain_is_d=flags(divides),
-            focus_fixed=flags([s.focus and not s.quirks for s in of_slot]),
-            momentum_of_d=flags([not (s.adopt and not s.quirks) for s in of_slot]),
-            rounds_samples=flags([rounds and s.quirks for rounds, s in zip(bf16, of_slot, strict=True)]),
-            rounds_s=flags([rounds and s.quirks for rounds, s in zip(s_in_bf16, of_slot, strict=True)]),
+            rounds_samples=flags(rounds_samples),
+            rounds_s=flags(rounds_s),
             param_id=torch.tensor([slot.param_id for slot in table.slots], device=device),
+            one=torch.ones_like(numel),
+            zero=torch.zeros_like(numel),
             any_adopt=any(s.adopt for s in of_slot),
+            any_focus=any(s.focus for s in of_slot),
             any_orthograd=any(s.orthograd for s in of_slot),
             any_mask=any(s.counts_mask_early or s.counts_mask_late for s in of_slot),
+            any_late_mask=any(s.counts_mask_late for s in of_slot),
+            any_rounds_samples=any(rounds_samples),
+            any_rounds_s=any(rounds_s),
+            all_measured=all(s.needs_norms for s in of_slot),
+            any_stableadamw=any(s.stableadamw for s in of_slot),
+            all_stableadamw=all(s.stableadamw for s in of_slot),
             any_speed=any(s.speed for s in of_slot),
             any_random=any(rounds and s.stochastic_rounding for rounds, s in zip(bf16, of_slot, strict=True)),
         )
@@ -155,8 +177,11 @@ class PartNumbers:
         self._step, self._parameters, self._traits, self._buffers = step, parameters, traits, buffers
         updates = parameters[PARAMETER_NUMBERS.index("step")]
         # ADOPT's first step, of the group or of a parameter that comes late, only sets the second moment.
-        self._adopt_first = traits.adopt & ((step.k[traits.group_of] == 1) | (updates == 0))
+        self._adopt_first = traits.adopt
+        if traits.any_adopt:
+            self._adopt_first = traits.adopt & ((step.k[traits.group_of] == 1) | (updates == 0))
         self._of = StepTraits(**vars(traits), updates=updates, adopt_first=self._adopt_first)
+        self._gain: tuple[Tensor, Tensor] | None = None
 
     def begin(self, moments: FactoredMoments) -> None:
         """Write what passes 1 and 2 read and the step begins with."""
@@ -169,15 +194,19 @@ class PartNumbers:
 
     def fill_coefficients(self) -> None:
         """Write the coefficients as far as they are known: with d of this step once the step has learned it."""
-        self._buffers.coefficients.fill(self._step.coefficients(self._of))
+        coefficients = self._buffers.coefficients
+        coefficients.fill(self._step.table(coefficients.names), self._traits.group_of)
+        for name, values in self._step.of_parameters(self._of).items():
+            coefficients[name].copy_(values)
+        self._gain = None
 
     def fill_scales(self, stats: Tensor) -> None:
         """Write :class:`Scales` from the sums of all ranks."""
         t = self._traits
-        one = torch.ones_like(t.numel)
         factor, rms = self._gain_and_rms(stats)
-        late = torch.where(t.late_mask, direction.mask_scale(stats[:, Stat.LATE_MASK], t.numel), one)
-        amount, pull = rms * factor, torch.zeros_like(one)
+        amount, pull, late = rms * factor, t.zero, t.one
+        if t.any_late_mask:
+            late = torch.where(t.late_mask, direction.mask_scale(stats[:, Stat.LATE_MASK], t.numel), t.one)
         if t.any_orthograd:
             uu = stats[:, Stat.UU] * factor * factor
             keep, along = direction.orthogonal_scales(uu, stats[:, Stat.WW], stats[:, Stat.WU] * factor, t.numel)
@@ -186,26 +215,39 @@ class PartNumbers:
         self._buffers.scales.copy_(torch.stack(rows))
 
     def _gain_and_rms(self, stats: Tensor) -> tuple[Tensor, Tensor]:
-        """What multiplies the direction before StableAdamW looks at it, and what StableAdamW multiplies it by."""
-        t, one = self._traits, torch.ones_like(self._traits.numel)
-        factor = self._buffers.coefficients["gain"].double()
-        if t.any_mask:
-            factor = factor * torch.where(t.early_mask, direction.mask_scale(stats[:, Stat.EARLY_MASK], t.numel), one)
-        uu = stats[:, Stat.UU] * factor * factor
-        return factor, torch.where(t.stableadamw, direction.soft_rms_scale(uu, t.numel), one)
+        """What multiplies the direction before StableAdamW looks at it, and what StableAdamW multiplies it by.
+
+        Asked for once all ranks have summed the norms, so that it is computed once.
+        """
+        if self._gain is None:
+            t = self._traits
+            factor, rms = self._buffers.coefficients["gain"].double(), t.one
+            if t.any_mask:
+                early = direction.mask_scale(stats[:, Stat.EARLY_MASK], t.numel)
+                factor = factor * torch.where(t.early_mask, early, t.one)
+            if t.any_stableadamw:
+                rms = direction.soft_rms_scale(stats[:, Stat.UU] * factor * factor, t.numel)
+                rms = rms if t.all_stableadamw else torch.where(t.stableadamw, rms, t.one)
+            self._gain = factor, rms
+        return self._gain
 
     def verdict(self, reductions: Reductions, host: HostAccess) -> Verdict:
         """What is written: nothing if there is a cause not to, and only parameters that have a gradient."""
         stats, sums, outcome = reductions.table.stats, reductions.sums, reductions.last.outcome
-        # In fp64 the sums of finite numbers are finite, and none of these is negative.
-        gradients = (stats[:, Stat.LARGEST_SQUARE].sum() + sums.sum(dtype=torch.float64)).isfinite()
-        # ADOPT's first step divides by an empty moment: its direction does not count.
-        uu = torch.where(self._adopt_first, torch.zeros_like(stats[:, 0]), stats[:, Stat.UU])
-        state = (stats[:, Stat.DOT : Stat.UU] + (uu + stats[:, Stat.WW]).unsqueeze(1)).isfinite().all()
-        cause = torch.where(gradients, torch.where(state, Cause.NOTHING, Cause.WEIGHTS), Cause.GRADIENT)
-        cause = torch.where(outcome[Outcome.UNSOUND] > 0, Cause.NUMBER, cause)
-        cause = torch.where(outcome[: Outcome.UNSOUND].sum() > 0, Cause.FAILURE, cause).double()
-        active = (stats[:, Stat.PRESENT] > 0) & ~self._step.pauses[self._traits.group_of]
+        # In fp64 the sums of finite numbers are finite, and sums of those are not where one of them is not.
+        gradients = stats[:, Stat.LARGEST_SQUARE].sum() + sums.sum(dtype=torch.float64)
+        uu = stats[:, Stat.UU]
+        if self._traits.any_adopt:
+            # ADOPT's first step divides by an empty moment: its direction does not count.
+            uu = torch.where(self._adopt_first, 0.0, uu)
+        state = stats[:, Stat.DOT : Stat.UU].sum() + (uu + stats[:, Stat.WW]).sum()
+        sound = torch.stack((state, gradients)).isfinite()
+        # By FAILED, REPLANS and UNSOUND, the ranks' outcomes.
+        causes = self._traits.causes
+        cause = torch.where(torch.cat((~sound, outcome > 0)), causes, 0.0).amax()
+        active = stats[:, Stat.PRESENT] > 0
+        if self._step.pauses is not None:
+            active &= ~self._step.pauses[self._traits.group_of]
         known = None
         if host.free:
             here = torch.cat((cause.view(1), outcome)).tolist()
@@ -215,22 +257,18 @@ class PartNumbers:
     def contribution(self, stats: Tensor, verdict: Verdict) -> Contribution:
         """What this part adds to its step, and what belongs to its parameters after it."""
         t, step = self._traits, self._step
-        moved = verdict.active & ~self._adopt_first
-        counted = moved & step.adapts[t.group_of] & (verdict.cause == Cause.NOTHING)
+        moved = verdict.active & ~self._adopt_first if t.any_adopt else verdict.active
+        counted = moved & (verdict.cause == Cause.NOTHING)
+        if step.adapts is not None:
+            counted &= step.adapts[t.group_of]
         after = self._parameters.clone()
         numerator, denominator = step.contributions(stats, self._of, counted, after)
         after[PARAMETER_NUMBERS.index("step")].add_(1)
-        shares = torch.stack(
-            [
-                numerator,
-                denominator,
-                moved.double(),
-                stats[:, Stat.GG],
-                torch.where(moved, self._update_square(stats), 0.0),
-            ]
-        )
+        shares = torch.stack((numerator, denominator, t.one, self._update_square(stats)))
+        shares = torch.where(torch.stack((counted, counted, moved, moved)), shares, 0.0)
+        rows = (*shares[:3], stats[:, Stat.GG], shares[3])
         # No index_add_: it sums in no fixed order on a GPU, and d is the same bit for bit on every rank.
-        summed = torch.where(t.membership, shares.unsqueeze(1), 0.0).sum(2)
+        summed = torch.where(t.membership, torch.stack(rows).unsqueeze(1), 0.0).sum(2)
         return Contribution(torch.cat((summed, verdict.cause.expand(1, len(step.k)))), after)
 
     def _update_square(self, stats: Tensor) -> Tensor:
@@ -238,16 +276,18 @@ class PartNumbers:
         t = self._traits
         factor, rms = self._gain_and_rms(stats)
         square = stats[:, Stat.UU] * (factor * rms * self._step.delta[t.group_of]).square()
-        return torch.where(t.measured, square, torch.nan)
+        return square if t.all_measured else torch.where(t.measured, square, torch.nan)
 
     def fill_gates(self, verdict: Verdict, host: HostAccess) -> KnownGates | None:
         """Write what pass 3 may write, once the step has been decided."""
-        step = self._step
-        moments = verdict.active & (verdict.cause == Cause.NOTHING) & step.moves[self._traits.group_of]
-        rows = torch.stack(Gates(moments=moments, weights=moments & ~self._adopt_first))
-        for gate, row in zip(self._buffers.gates, rows, strict=True):
-            gate.copy_(row)
+        t, gates = self._traits, self._buffers.gates
+        moments = verdict.active & (verdict.cause == Cause.NOTHING)
+        if self._step.moves is not None:
+            moments &= self._step.moves[t.group_of]
+        weights = moments & ~self._adopt_first if t.any_adopt else moments
+        gates.moments.copy_(moments)
+        gates.weights.copy_(weights)
         if not host.free:
             return None
-        known_moments, known_weights = rows.tolist()
-        return known_moments, known_weights
+        known = moments.tolist()
+        return known, weights.tolist() if t.any_adopt else known

@@ -28,9 +28,9 @@ class Coefficients:
         self.names = tuple(names)
         self.table = torch.zeros(len(self.names), slots, dtype=torch.float32, device=device)
 
-    def fill(self, named: Mapping[str, Tensor]) -> None:
-        """Write vectors over parameters (fp64), rounded once."""
-        self.table.copy_(torch.stack([named[name] for name in self.names]))
+    def fill(self, by_group: Tensor, group_of: Tensor) -> None:
+        """Write the rows of all names, numbers of groups (fp32), for the parameters of each."""
+        torch.index_select(by_group, 1, group_of, out=self.table)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.table[self.names.index(name)]

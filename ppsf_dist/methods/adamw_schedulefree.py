@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ppsf_dist.algorithm import second_moment
-from ppsf_dist.methods.base import AVERAGING, Parameters
+from ppsf_dist.methods.base import AVERAGING
 from ppsf_dist.methods.rules import POSITIVE, SWITCH, check_betas
 from ppsf_dist.methods.schedulefree import ScheduleFree, ScheduleFreeNumbers
 from ppsf_dist.methods.switches import Switches
@@ -20,15 +20,15 @@ _OF_ADAM = {"lr": 0.0025, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.
 class AdamWNumbers(ScheduleFreeNumbers):
     """Those of Schedule-Free, and the bias correction of the second moment."""
 
-    def coefficients(self, of: Parameters) -> dict[str, Tensor]:
-        h, group = self.hyper, of.group_of
+    def coefficients(self) -> dict[str, Tensor]:
+        h = self.hyper
         # g / (sqrt(V / correction) + eps) in terms of the root that is there.
         root = (1 - h["beta2"] ** (self.k + 1)).sqrt()
-        return super().coefficients(of) | {
-            "gain": root[group],
-            "d_eps": (h["eps"] * root)[group],
-            "beta2": h["beta2"][group],
-            "square_weight": (1 - h["beta2"])[group],
+        return super().coefficients() | {
+            "gain": root,
+            "d_eps": h["eps"] * root,
+            "beta2": h["beta2"],
+            "square_weight": 1 - h["beta2"],
         }
 
 
@@ -69,9 +69,8 @@ class RAdamNumbers(AdamWNumbers):
         self._as_sgd = (self._rectification == 0) & (h["silent_sgd_phase"] == 0)
         return torch.where(self._as_sgd, 1.0, self._rectification)
 
-    def coefficients(self, of: Parameters) -> dict[str, Tensor]:
-        as_sgd = self._as_sgd[of.group_of]
-        of_adam = super().coefficients(of)
+    def coefficients(self) -> dict[str, Tensor]:
+        as_sgd, of_adam = self._as_sgd, super().coefficients()
         one = torch.ones_like(of_adam["gain"])
         return of_adam | {
             "gain": torch.where(as_sgd, one, of_adam["gain"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from enum import IntEnum
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ppsf_dist.methods.rules import NOT_NEGATIVE, SWITCH, Rule, check_lr, checked, integer, shown
+from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
 
 Group = dict[str, Any]
@@ -25,15 +26,15 @@ _A_TYPO = 0.85
 
 
 class Cause(IntEnum):
-    """Why a step changes nothing. Some of them count as skipped."""
+    """Why a step changes nothing. Of several the largest counts; some of them count as skipped."""
 
     NOTHING = 0
-    NUMBER = 1
-    """A number of a group is not finite."""
-    WEIGHTS = 2
+    WEIGHTS = 1
     """Weights or state are not finite."""
-    GRADIENT = 3
+    GRADIENT = 2
     """A gradient is not finite, or its square is not in fp32."""
+    NUMBER = 3
+    """A number of a group is not finite."""
     FAILURE = 4
     """A rank could not step, or has another plan."""
 
@@ -66,15 +67,14 @@ class Parameters(Protocol):
         group_of: the group of each.
         updates: how many updates each has had.
         adopt_first: whether this is the first step of one that ADOPT steps.
-        gain_is_d, focus_fixed, momentum_of_d: see :class:`ppsf_dist.engine.part_numbers.Traits`.
+        any_adopt, any_focus: whether there are such parameters at all.
     """
 
     group_of: Tensor
     updates: Tensor
     adopt_first: Tensor
-    gain_is_d: Tensor
-    focus_fixed: Tensor
-    momentum_of_d: Tensor
+    any_adopt: bool
+    any_focus: bool
 
 
 class GroupTable(Protocol):
@@ -99,9 +99,9 @@ class StepNumbers(ABC):
         delta: length of the step.
         c: share of z in the new average.
         q: share of the step that y takes at once.
-        adapts: whether the sums of a group still count (bool).
-        pauses: whether a group stands still, sums and moments included (bool).
-        moves: whether a group is written, as far as that is known before the sums are (bool).
+        adapts: whether the sums of a group still count (bool); None where all do.
+        pauses: whether a group stands still, sums and moments included (bool); None where none does.
+        moves: whether a group is written, as far as that is known before the sums are (bool); None where all are.
         unsound: how many groups have a number that is not finite.
     """
 
@@ -113,9 +113,10 @@ class StepNumbers(ABC):
         self._numbers, self._groups, self.seed = numbers, groups, seed
         self.hyper = numbers.hyper(groups)
         self.k = numbers["k"].clone()
-        self.adapts = torch.ones_like(self.k, dtype=torch.bool)
-        self.pauses, self.moves = torch.zeros_like(self.adapts), self.adapts
-        self.c, self.q = torch.zeros_like(self.k), torch.ones_like(self.k)
+        self.adapts: Tensor | None = None
+        self.pauses: Tensor | None = None
+        self.moves: Tensor | None = None
+        self._table: Tensor | None = None
         self.unsound = (~(numbers.hyper_table.isfinite().all(0) & self._is_sound())).sum()
         self._after: Tensor | None = None
 
@@ -123,26 +124,38 @@ class StepNumbers(ABC):
         """Whether each group's adaptive numbers are finite."""
         return torch.stack([self._numbers[name] for name in self._numbers.adaptive]).isfinite().all(0)
 
-    def coefficients(self, of: Parameters) -> dict[str, Tensor]:
-        """The numbers that scale the formulas, by name: vectors over parameters.
+    def table(self, names: Sequence[str]) -> Tensor:
+        """The coefficients of these names by groups, in fp32, each rounded once. Computed once in a step."""
+        if self._table is None:
+            named = self.coefficients()
+            self._table = torch.stack([named[name] for name in names]).float()
+        return self._table
+
+    def coefficients(self) -> dict[str, Tensor]:
+        """The numbers that scale the formulas, by name: vectors over groups.
 
         These are those of Schedule-Free; what else its formulas need a method adds, and lists all of them in
         :attr:`Method.coefficients`.
         """
-        group, h = of.group_of, self.hyper
-        decay, delta = h["weight_decay"][group], self.delta[group]
+        h, delta, one = self.hyper, self.delta, torch.ones_like(self.k)
         return {
             "delta": delta,
-            "c": self.c[group],
-            "q": self.q[group],
-            "beta1": h["beta1"][group],
-            "weight_decay": decay,
-            "keep": 1 - decay * delta,
-            "gain": torch.ones_like(delta),
+            "c": getattr(self, "c", one),
+            "q": getattr(self, "q", one),
+            "beta1": h["beta1"],
+            "weight_decay": h["weight_decay"],
+            "keep": 1 - h["weight_decay"] * delta,
+            "gain": one,
         }
 
+    def of_parameters(self, of: Parameters) -> dict[str, Tensor]:
+        """Those that are not the same for all parameters of a group: vectors over parameters."""
+        return {}
+
     def contributions(self, stats: Tensor, of: Any, counted: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        """Each parameter's share in the numerator and denominator of its group's step size.
+        """Each parameter's share in the numerator and denominator of its group's step size, where it counts.
+
+        The weight of a step in them is the group's, and comes later.
 
         Args:
             stats: sums of all ranks, parameters by :class:`ppsf_dist.methods.sums.Stat`.
@@ -150,8 +163,7 @@ class StepNumbers(ABC):
             counted: bool vector over parameters: those that count.
             after: the numbers of the parameters after the step; what the method remembers of one goes in here.
         """
-        zero = torch.zeros_like(stats[:, 0])
-        return zero, zero
+        return stats[:, Stat.DOT], stats[:, Stat.S_L1]
 
     def learn(self, totals: Tensor) -> None:
         """Take in the sums of all parts before anything is written: where :attr:`Method.d_timing` is "current".
@@ -174,30 +186,31 @@ class StepNumbers(ABC):
         self._numbers.values.copy_(self._after)
 
     def _numbers_after(self, totals: Tensor) -> Tensor:
-        rows, after = self._numbers.rows, self._numbers.values.clone()
+        rows, old = self._numbers.rows, self._numbers.values
         cause = totals[Total.CAUSE]
-        ok = (cause == Cause.NOTHING).all() & self.moves.any()
-
-        def put(name: str, value: Tensor, where: Tensor) -> Tensor:
-            row = after[rows.index(name)]
-            return row.copy_(torch.where(where & ok, value, row))
-
-        self._adapt(put, totals)
-        after[rows.index("k")].add_(ok)
+        ok = (cause == Cause.NOTHING).all()
+        if self.moves is not None:
+            ok &= self.moves.any()
+        new = dict(zip(rows, old, strict=True))
+        new["k"] = new["k"] + 1
+        self._adapt(new, totals)
+        after = torch.where(ok, torch.stack(list(new.values())), old)
+        # Also of a step that was void.
         after[rows.index("skipped_steps")].add_((cause == Cause.GRADIENT) | (cause == Cause.NUMBER))
         after[rows.index("failures")].add_(cause == Cause.FAILURE)
         void = after[rows.index("cause")]
         void.copy_(torch.where(ok, void, cause))
-        after[rows.index("gradient_norm")].copy_(totals[Total.GRADIENT_SQUARE].sqrt())
-        after[rows.index("update_norm")].copy_(totals[Total.UPDATE_SQUARE].sqrt())
+        norms = totals[Total.GRADIENT_SQUARE : Total.CAUSE].sqrt()
+        for name, norm in zip(("gradient_norm", "update_norm"), norms, strict=True):
+            after[rows.index(name)].copy_(norm)
         return after
 
     @abstractmethod
-    def _adapt(self, put: Callable[[str, Tensor, Tensor], Tensor], totals: Tensor) -> None:
-        """Put the adaptive numbers after the step.
+    def _adapt(self, numbers: dict[str, Tensor], totals: Tensor) -> None:
+        """Put the adaptive numbers after the step in place of those before it.
 
         Args:
-            put: ``put(name, value, where)`` sets a number of the groups in ``where``, and returns all of them.
+            numbers: by name, vectors over groups.
             totals: what the parts of the step add up to, rows by :class:`Total`.
         """
 

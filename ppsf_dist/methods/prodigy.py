@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppsf_dist.algorithm import second_moment, step_size
 from ppsf_dist.algorithm.step_size import GlobalStepSize
-from ppsf_dist.methods.base import AVERAGING, Group, GroupTable, Method, Parameters, StepNumbers, Total
+from ppsf_dist.methods.base import AVERAGING, Group, GroupTable, Method, StepNumbers, Total
 from ppsf_dist.methods.rules import (
     ANY,
     DECAY,
@@ -26,7 +26,6 @@ from ppsf_dist.methods.rules import (
     integer,
     or_none,
 )  # fmt: skip
-from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
 
 ARGUMENTS: dict[str, Any] = {
@@ -64,38 +63,32 @@ class ProdigyNumbers(StepNumbers):
         lr = self.hyper["lr"]
         return super()._is_sound() & ((lr == 0) | (lr == lr.amax()))
 
-    def coefficients(self, of: Parameters) -> dict[str, Tensor]:
-        h, group = self.hyper, of.group_of
-        d, now, beta1, beta2 = self._d[group], self._now.d[group], h["beta1"][group], h["beta2"][group]
-        one = torch.ones_like(d)
-        return super().coefficients(of) | {
+    def coefficients(self) -> dict[str, Tensor]:
+        h, d, now = self.hyper, self._d, self._now.d
+        beta1, beta2, one = h["beta1"], h["beta2"], torch.ones_like(self._d)
+        return super().coefficients() | {
             "gain": torch.where(beta1 > 0, one, now),
-            "d_eps": now * h["eps"][group],
+            "d_eps": now * h["eps"],
             "momentum_weight": (1 - beta1) * d,
             "beta2": beta2,
             "square_weight": (1 - beta2) * d * d,
-            "beta3": h["beta3"][group],
-            "s_weight": (self._d / h["d0"] * torch.where(h["safeguard_warmup"] > 0, self._d, self.delta))[group],
+            "beta3": h["beta3"],
+            "s_weight": d / h["d0"] * torch.where(h["safeguard_warmup"] > 0, d, self.delta),
         }
-
-    def contributions(self, stats: Tensor, of: Any, counted: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        weight = (self._d / self.hyper["d0"] * self.delta)[of.group_of]
-        zero = torch.zeros_like(weight)
-        numerator, denominator = weight * stats[:, Stat.DOT], stats[:, Stat.S_L1]
-        return torch.where(counted, numerator, zero), torch.where(counted, denominator, zero)
 
     def learn(self, totals: Tensor) -> None:
         h = self.hyper
-        numerator, denominator = totals[Total.NUMERATOR].sum(), totals[Total.DENOMINATOR].sum()
+        weight = self._d / h["d0"] * self.delta
+        numerator, denominator = (weight * totals[Total.NUMERATOR]).sum(), totals[Total.DENOMINATOR].sum()
         self._now = step_size.adapted_for_all(
             self._before, numerator, denominator, h["beta3"][0], h["d0"], h["d_coef"], h["growth_rate"]
         )
         # Where no gradient has been seen yet there is no estimate, and no step.
         self.moves = (denominator > 0).expand_as(self.k)
+        self._table = None
 
-    def _adapt(self, put: Callable[[str, Tensor, Tensor], Tensor], totals: Tensor) -> None:
-        for name, value in self._now._asdict().items():
-            put(name, value, self.moves)
+    def _adapt(self, numbers: dict[str, Tensor], totals: Tensor) -> None:
+        numbers |= self._now._asdict()
 
 
 class ProdigyMethod(Method):

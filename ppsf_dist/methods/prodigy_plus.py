@@ -6,7 +6,7 @@ Names, order and defaults of the arguments are those of prodigy-plus-schedule-fr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -83,90 +83,114 @@ class ProdigyPlusNumbers(StepNumbers):
     def __init__(self, numbers: GroupTable, groups: Sequence[Group], seed: int) -> None:
         super().__init__(numbers, groups, seed)
         h, self.d = self.hyper, numbers["d"].clone()
-        shared = numbers["shared_d"]
-        delta = torch.where(shared > 0, shared, self.d) * h["lr"]
+        d = self.d
+        if self._any("split_groups_mean"):
+            d = torch.where(numbers["shared_d"] > 0, numbers["shared_d"], d)
+        delta = d * h["lr"]
         self.beta2, self.delta = h["beta2"], delta
-        if any(group["use_bias_correction"] for group in groups):
+        if self._any("use_bias_correction"):
             radam_beta2, rectification = second_moment.radam(self.k, h["beta2"])
             corrects = h["use_bias_correction"] > 0
             self.beta2 = torch.where(corrects, radam_beta2, h["beta2"])
             self.delta = torch.where(corrects, delta * rectification, delta)
         self.c, self.q, self._weight_sum = averaging.averaging_weight(
-            self.delta, numbers["weight_sum"], h["beta1"], h["schedulefree_c"]
+            self.delta, numbers["weight_sum"], h["beta1"], h["schedulefree_c"] if self._any("schedulefree_c") else None
         )
-        self.adapts = (h["prodigy_steps"] == 0) | (self.k < h["prodigy_steps"])
+        if self._any("prodigy_steps"):
+            self.adapts = (h["prodigy_steps"] == 0) | (self.k < h["prodigy_steps"])
+        # What a step's sums weigh in those of d.
+        self._weight = step_size.prodigy_weight(self.d, h["d0"])
+
+    def _any(self, name: str) -> bool:
+        """Whether an argument is on in any group."""
+        return any(group[name] for group in self._groups)
 
     def _is_sound(self) -> Tensor:
         return self._numbers["d"].isfinite()
 
-    def coefficients(self, of: Parameters) -> dict[str, Tensor]:
-        h, group = self.hyper, of.group_of
-        d, beta1, decay = self.d[group], h["beta1"][group], h["weight_decay"][group]
-        # ADOPT's first step, of the group or of a parameter that comes late, only sets the second moment.
-        beta2 = torch.where(of.adopt_first, 0.0, self.beta2[group])
+    def coefficients(self) -> dict[str, Tensor]:
+        h, d, delta = self.hyper, self.d, self.delta
         one = torch.ones_like(d)
-        return super().coefficients(of) | {
+        if not all(group["weight_decay_by_lr"] for group in self._groups):
+            delta = torch.where(h["weight_decay_by_lr"] > 0, delta, one)
+        return super().coefficients() | {
             "d": d,
-            "gain": torch.where(of.gain_is_d, d, one),
-            "d_eps": d * h["eps"][group],
-            "momentum_weight": (1 - beta1) * torch.where(of.momentum_of_d, d, one),
-            "beta2": beta2,
-            "square_weight": (1 - beta2) * torch.where(of.focus_fixed, one, d * d),
-            "focus_correction": torch.where(of.focus_fixed, 1 / (1 - beta2 ** (of.updates + 1)), one),
-            "clamp": self.k[group] ** 0.25,
-            "keep": 1 - decay * torch.where(h["weight_decay_by_lr"][group] > 0, self.delta[group], one),
-            "beta3": h["beta3"][group],
-            "s_weight": step_size.prodigy_weight(self.d, h["d0"])[group],
+            "gain": torch.where(h["gain_is_d"] > 0, d, one),
+            "d_eps": d * h["eps"],
+            "momentum_weight": (1 - h["beta1"]) * torch.where(h["momentum_of_d"] > 0, d, one),
+            "beta2": self.beta2,
+            "square_weight": self._square_weight(self.beta2),
+            "focus_correction": one,
+            "clamp": self.k**0.25,
+            "keep": 1 - h["weight_decay"] * delta,
+            "beta3": h["beta3"],
+            "s_weight": self._weight,
         }
 
+    def _square_weight(self, beta2: Tensor, group: Any = ...) -> Tensor:
+        """The weight of a square in the second moment: of d g, or of a weight under FOCUS as it was meant."""
+        square = self.d * self.d
+        if self._any("use_focus"):
+            square = torch.where(self.hyper["focus_fixed"] > 0, 1.0, square)
+        return (1 - beta2) * square[group]
+
+    def of_parameters(self, of: Parameters) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        if not (of.any_adopt or of.any_focus):
+            return found
+        group, beta2 = of.group_of, self.beta2[of.group_of]
+        if of.any_adopt:
+            # ADOPT's first step, of the group or of a parameter that comes late, only sets the second moment.
+            beta2 = torch.where(of.adopt_first, 0.0, beta2)
+            found |= {"beta2": beta2, "square_weight": self._square_weight(beta2, group)}
+        if of.any_focus:
+            fixed = self.hyper["focus_fixed"][group] > 0
+            found["focus_correction"] = torch.where(fixed, 1 / (1 - beta2 ** (of.updates + 1)), 1.0)
+        return found
+
     def contributions(self, stats: Tensor, of: Any, counted: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        h, group = self.hyper, of.group_of
-        weight = step_size.prodigy_weight(self.d, h["d0"])[group]
+        def as_stored(sums: Tensor, rounds: Tensor, *, any_: bool) -> Tensor:
+            return torch.where(rounds, sums.bfloat16().double(), sums) if any_ else sums
 
-        def as_stored(sums: Tensor, rounds: Tensor) -> Tensor:
-            return torch.where(rounds, sums.bfloat16().double(), sums)
-
-        zero = torch.zeros_like(stats[:, Stat.DOT])
-        dot = as_stored(stats[:, Stat.DOT], of.rounds_samples)
-        numerator, denominator = weight * dot, as_stored(stats[:, Stat.S_L1], of.rounds_s)
+        numerator = dot = as_stored(stats[:, Stat.DOT], of.rounds_samples, any_=of.any_rounds_samples)
+        denominator = as_stored(stats[:, Stat.S_L1], of.rounds_s, any_=of.any_rounds_s)
         if of.any_speed:
-            speed = (h["use_speed"] > 0)[group]
+            speed = (self.hyper["use_speed"] > 0)[of.group_of]
             state, speed_numerator, speed_denominator = step_size.speed_contribution(
                 SpeedState(*after[1:].clone()),
                 dot,
-                as_stored(stats[:, Stat.DELTA_L1], of.rounds_samples),
-                as_stored(stats[:, Stat.DELTA_SQUARE].sqrt(), of.rounds_samples),
-                self.k[group],
-                weight,
+                as_stored(stats[:, Stat.DELTA_L1], of.rounds_samples, any_=of.any_rounds_samples),
+                as_stored(stats[:, Stat.DELTA_SQUARE].sqrt(), of.rounds_samples, any_=of.any_rounds_samples),
+                self.k[of.group_of],
             )
             for row, value in zip(after[1:], vars(state).values(), strict=True):
                 row.copy_(torch.where(counted & speed, value, row))
             numerator = torch.where(speed, speed_numerator, numerator)
             denominator = torch.where(speed, speed_denominator, denominator)
-        return torch.where(counted, numerator, zero), torch.where(counted, denominator, zero)
+        return numerator, denominator
 
-    def _adapt(self, put: Callable[[str, Tensor, Tensor], Tensor], totals: Tensor) -> None:
-        moved = totals[Total.MOVED] > 0
+    def _adapt(self, numbers: dict[str, Tensor], totals: Tensor) -> None:
         h, first = self.hyper, self._groups[0]
         pooled = not first["split_groups"]
-        adapts = self.adapts[:1].expand_as(self.d) if pooled else self.adapts
-        everywhere = torch.ones_like(adapts)
-        d = self.d
-        for name, value in vars(self._adapted(totals, pooled)).items():
-            after = put(name, value, adapts)
-            d = after if name == "d" else d
-        put("d_prev", self.d, adapts)
-        averages = h["use_schedulefree"] > 0
-        # Of an average that has been switched off nothing is left.
-        put("weight_sum", self._weight_sum * averages, moved | ~averages)
-        put("effective_lr", torch.where(averages, h["lr"] * self.q, h["lr"]), moved | ~averages)
+        adapts = self.adapts[:1].expand_as(self.d) if pooled and self.adapts is not None else self.adapts
+        for name, value in {**vars(self._adapted(totals, pooled)), "d_prev": self.d}.items():
+            numbers[name] = value if adapts is None else torch.where(adapts, value, numbers[name])
+        weight_sum, effective_lr = self._weight_sum, h["lr"] * self.q
+        moved = totals[Total.MOVED] > 0
+        if not all(group["use_schedulefree"] for group in self._groups):
+            # Of an average that has been switched off nothing is left.
+            averages = h["use_schedulefree"] > 0
+            weight_sum, effective_lr = weight_sum * averages, torch.where(averages, effective_lr, h["lr"])
+            moved |= ~averages
+        for name, value in (("weight_sum", weight_sum), ("effective_lr", effective_lr)):
+            numbers[name] = torch.where(moved, value, numbers[name])
         if first["split_groups"] and first["split_groups_mean"]:
-            put("shared_d", step_size.harmonic_mean(d).expand_as(d), everywhere)
+            numbers["shared_d"] = step_size.harmonic_mean(numbers["d"]).expand_as(self.d)
 
     def _adapted(self, totals: Tensor, pooled: bool) -> StepSize:
         """The step size after the step; with one for all groups, group 0's arguments and the sums of all."""
         h = self.hyper
-        numerator, denominator = totals[Total.NUMERATOR], totals[Total.DENOMINATOR]
+        numerator, denominator = totals[Total.NUMERATOR] * self._weight, totals[Total.DENOMINATOR]
         if pooled:
             numerator, denominator = (x.sum().expand_as(x) for x in (numerator, denominator))
         history = (self._numbers[n] for n in ("d_numerator", "d_denom", "prev_d_numerator", "max_d_numerator"))
@@ -176,8 +200,8 @@ class ProdigyPlusNumbers(StepNumbers):
             growth_rate=h["growth_rate"] if any(group["growth_rate"] < math.inf for group in self._groups) else None,
             d0=h["d0"],
             d_coef=h["d_coef"],
-            d_limiter=h["d_limiter"] > 0,
-            use_speed=h["use_speed"] > 0,
+            d_limiter=h["d_limiter"] > 0 if self._any("d_limiter") else None,
+            use_speed=h["use_speed"] > 0 if self._any("use_speed") else None,
             quirks=self._groups[0]["reference_quirks"],
         )
         new = step_size.adapted(StepSize(self.d, *history), numerator, denominator, rule)
@@ -229,7 +253,7 @@ class ProdigyPlus(Method):
     }
     hyper = (
         "lr", "beta1", "beta2", "beta3", "beta4", "growth_rate", "weight_decay", "d0", "d_coef", "eps", "prodigy_steps",
-        "schedulefree_c", *_HYPER_SWITCHES,
+        "schedulefree_c", "gain_is_d", "momentum_of_d", "focus_fixed", *_HYPER_SWITCHES,
     )  # fmt: skip
     coefficients = (
         *AVERAGING, "d", "d_eps", "momentum_weight", "beta2", "square_weight", "focus_correction", "clamp", "beta3",
@@ -270,8 +294,13 @@ class ProdigyPlus(Method):
     def hyper_row(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]
         beta3 = beta2**0.5 if group["beta3"] is None else group["beta3"]
+        quirks, focus = group["reference_quirks"], group["use_focus"]
+        adopts_dg = group["use_adopt"] and not quirks
         numbers = {
             **group,
+            "gain_is_d": group["use_schedulefree"] and group["eps"] is not None and not focus and not adopts_dg,
+            "momentum_of_d": not adopts_dg,
+            "focus_fixed": focus and not quirks,
             "beta1": beta1,
             "beta2": beta2,
             "beta3": beta3,

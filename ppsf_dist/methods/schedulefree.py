@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -28,11 +28,8 @@ class ScheduleFreeNumbers(StepNumbers):
         """What multiplies the learning rate in this step: a warm-up."""
         return averaging.warm_up(self.k, self.hyper["warmup_steps"])
 
-    def _adapt(self, put: Callable[[str, Tensor, Tensor], Tensor], totals: Tensor) -> None:
-        everywhere = self.k >= 0
-        put("scheduled_lr", self.delta, everywhere)
-        put("lr_max", self._lr_max, everywhere)
-        put("weight_sum", self._weight_sum, everywhere)
+    def _adapt(self, numbers: dict[str, Tensor], totals: Tensor) -> None:
+        numbers |= {"scheduled_lr": self.delta, "lr_max": self._lr_max, "weight_sum": self._weight_sum}
 
 
 class ScheduleFree(Method):

@@ -150,7 +150,8 @@ def make(
     count = len(cuts)
     rates = torch.rand(len(NUMBERS), count, generator=generator)
     coefficients = Coefficients(NUMBERS, count, torch.device("cpu"))
-    coefficients.fill({name: make(rate) for (name, make), rate in zip(NUMBERS.items(), rates, strict=True)})
+    rows = [make(rate) for make, rate in zip(NUMBERS.values(), rates, strict=True)]
+    coefficients.fill(torch.stack(rows), torch.arange(count))
     opened = torch.tensor([index not in closed for index in range(count)])
     stats = torch.zeros(count, len(Stat), dtype=torch.float64)
     amount = torch.rand(count, generator=generator)
