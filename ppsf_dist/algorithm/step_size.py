@@ -64,8 +64,8 @@ class StepSize:
 class StepSizeRule:
     """The arguments of the rule, as vectors over groups (fp64, or bool for switches).
 
-    ``beta4`` is None where it is 0 for all groups, the switches are where all are off, and ``growth_rate`` where none has
-    one (a single 0 is none, too).
+    ``beta4`` is None where it is 0 for all groups, the switches are where all are off, and ``growth_rate`` where none
+    has one (a single 0 is none, too).
     """
 
     beta3: Tensor

@@ -105,6 +105,9 @@ class Plan:
             if not state[shard.param]["step"]
         ]
         self._shapes = [shard.weights().shape for shard in shards]
+        self._are_whole = all(type(shard) is Shard for shard in shards)
+        # Those whose gradient may have to be summed first.
+        self._summed = [shard for shard in shards if type(shard).summand is not Shard.summand]
         self._named: set[Tensor] = set()
         self._search: PendingCopy | None = None
         self._present: tuple[tuple[bool, ...], Tensor] | None = None
@@ -258,13 +261,15 @@ class Plan:
         """Empty the buffers of the step, and note which gradients are here and how many numbers are not finite."""
         self.reductions.begin()
         self._complete_gradients()
-        weights = [shard.weights() for shard in self.shards]
-        gradients = [shard.gradient() for shard in self.shards]
-        for here, slot, shape, gradient in zip(weights, self.slot_of_shard, self._shapes, gradients, strict=True):
-            if here.shape != shape:
+        weights, gradients = self._local_tensors()
+        shapes = self._shapes
+        if [here.shape for here in weights] != shapes:
+            for here, slot, shape in zip(weights, self.slot_of_shard, shapes, strict=True):
                 refuse_reshaped(here.shape, shape, self.slots[slot])
-            if gradient is not None and _is_odd(gradient, shape):
-                refuse_gradient(gradient, shape, self.slots[slot])
+        if any([g is not None and _is_odd(g, shape) for g, shape in zip(gradients, shapes, strict=True)]):
+            for gradient, slot, shape in zip(gradients, self.slot_of_shard, shapes, strict=True):
+                if gradient is not None and _is_odd(gradient, shape):
+                    refuse_gradient(gradient, shape, self.slots[slot])
         self.passes.bind(weights, gradients)
         present = tuple([gradient is not None for gradient in gradients])
         if self._present is None or self._present[0] != present:
@@ -275,16 +280,24 @@ class Plan:
         self.reductions.table.stats[:, Stat.PRESENT] = self._present[1]
         self.reductions.last.outcome[Outcome.UNSOUND] = unsound
 
+    def _local_tensors(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Weights and gradient of each shard as they are now."""
+        if self._are_whole:
+            # Asked for in every step.
+            params = [shard.param for shard in self.shards]
+            return params, [param.grad for param in params]
+        return [shard.weights() for shard in self.shards], [shard.gradient() for shard in self.shards]
+
     def end(self) -> None:
         """Let go of what belongs to the step."""
         self.passes.release()
-        for shard in self.shards:
+        for shard in self._summed:
             shard.completed = None
 
     def _complete_gradients(self) -> None:
         """Sum the gradients that ranks hold in parts, all of a group in one all-reduce."""
         parts: dict[dist.ProcessGroup, list[tuple[Shard, Tensor]]] = {}
-        for shard in self.shards:
+        for shard in self._summed:
             summand = shard.summand()
             if summand is not None:
                 shard.completed = summand[1].clone()
