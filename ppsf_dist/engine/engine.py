@@ -20,7 +20,7 @@ from ppsf_dist.engine.planning import Owner, Planner
 from ppsf_dist.engine.reports import Observer, report_of
 from ppsf_dist.engine.step import PartStep
 from ppsf_dist.engine.swap import Swap
-from ppsf_dist.methods.base import Cause, Method, StepNumbers, Total
+from ppsf_dist.methods.base import Cause, Method, StepNumbers, Total, merged
 from ppsf_dist.sharding import Group, Layout, Part, drop_gathered_copies
 from ppsf_dist.sharding.slots import Disagreement, describe, share_failure
 from ppsf_dist.state.writes import Write, Writes
@@ -108,7 +108,7 @@ class Engine(Planner):
             )
         if self._open is not None and self._open.stepped & part:
             self._finish_step()
-        plan = self.current_plan(part)
+        plan = self.current_plan(part, layout)
         if plan is not None:
             self._step_part(part, plan)
 
@@ -239,8 +239,7 @@ class Engine(Planner):
 
     def _drop_step(self) -> None:
         """The step that has begun ends without a trace, but for parts that were written."""
-        ended = [] if self._begun is None else [self._begun.step]
-        ended += [] if self._open is None else self._open.waiting
+        ended = [*([self._begun.step] if self._begun else []), *(self._open.waiting if self._open else ())]
         self._begun = self._open = None
         for step in ended:
             step.plan.end()
@@ -252,16 +251,17 @@ class Engine(Planner):
             last: the part whose call this is.
         """
         opened = self._open
-        if opened is None or self.numbers is None or opened.totals is None:
+        if opened is None or self.numbers is None or not opened.totals:
             return
+        totals = merged(opened.totals)
         if opened.waiting:
-            opened.numbers.learn(opened.totals)
+            opened.numbers.learn(totals)
             for step in opened.waiting:
-                step.write(opened.totals[Total.CAUSE].amax())
+                step.write(totals[Total.CAUSE].amax())
             late = [shard.param for step in opened.waiting if step is not last for shard in step.plan.shards]
             if late:
                 self.current_layout().show(late)
-        opened.numbers.commit(opened.totals)
+        opened.numbers.commit(totals)
         self._unheard += self.numbers.end_step(self.groups)
         self._open = None
         news = self._unheard[-1] if self._unheard else None

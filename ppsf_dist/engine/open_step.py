@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ppsf_dist.engine.step import PartStep
-from ppsf_dist.methods.base import StepNumbers, merged
+from ppsf_dist.methods.base import StepNumbers
 from ppsf_dist.sharding import Part
 
 
@@ -17,21 +17,20 @@ class OpenStep(NamedTuple):
     Attributes:
         numbers: of its groups.
         stepped: the parts of it that have come.
-        totals: what they add up to, None before the first.
+        totals: what each of them adds.
         waiting: those that are not written before all have come, where the method's d is that of the same step.
     """
 
     numbers: StepNumbers
     stepped: Part = frozenset()
-    totals: Tensor | None = None
+    totals: tuple[Tensor, ...] = ()
     waiting: tuple[PartStep, ...] = ()
 
     def after(self, part: Part, step: PartStep, *, waits: bool) -> OpenStep:
         """The same step when one more part has come."""
-        totals = step.contribution.totals
         return self._replace(
             stepped=self.stepped | part,
-            totals=totals if self.totals is None else merged([self.totals, totals]),
+            totals=(*self.totals, step.contribution.totals),
             waiting=(*self.waiting, step) if waits else self.waiting,
         )
 

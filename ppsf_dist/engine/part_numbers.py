@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +25,18 @@ _CAUSES = (
     Cause.WEIGHTS, Cause.GRADIENT, *[Cause.NUMBER if o is Outcome.UNSOUND else Cause.FAILURE for o in Outcome],
 )  # fmt: skip
 """For sums of the state and of gradients that are not finite, and for each outcome."""
+
+
+def _known_cause(numbers: Sequence[float]) -> int:
+    """The cause not to write, from the sums of the table's columns, that of g^2 by row and column, and the outcomes.
+
+    On an accelerator :meth:`PartNumbers.verdict` says the same with tensors.
+    """
+    state = numbers[Stat.DOT : Stat.LATE_MASK]
+    gradients = (numbers[Stat.LARGEST_SQUARE], numbers[len(Stat)])
+    happened = [not all(map(math.isfinite, state)), not all(map(math.isfinite, gradients))]
+    happened += [ranks > 0 for ranks in numbers[len(Stat) + 1 :]]
+    return max([int(cause) for cause, is_so in zip(_CAUSES, happened, strict=True) if is_so], default=Cause.NOTHING)
 
 
 @dataclass
@@ -182,6 +195,7 @@ class PartNumbers:
             self._adopt_first = traits.adopt & ((step.k[traits.group_of] == 1) | (updates == 0))
         self._of = StepTraits(**vars(traits), updates=updates, adopt_first=self._adopt_first)
         self._gain: tuple[Tensor, Tensor] | None = None
+        self._advance: Tensor | None = None
 
     def begin(self, moments: FactoredMoments) -> None:
         """Write what passes 1 and 2 read and the step begins with."""
@@ -198,7 +212,7 @@ class PartNumbers:
         coefficients.fill(self._step.table(coefficients.names), self._traits.group_of)
         for name, values in self._step.of_parameters(self._of).items():
             coefficients[name].copy_(values)
-        self._gain = None
+        self._gain = self._advance = None
 
     def fill_scales(self, stats: Tensor) -> None:
         """Write :class:`Scales` from the sums of all ranks."""
@@ -211,7 +225,8 @@ class PartNumbers:
             uu = stats[:, Stat.UU] * factor * factor
             keep, along = direction.orthogonal_scales(uu, stats[:, Stat.WW], stats[:, Stat.WU] * factor, t.numel)
             amount, pull = torch.where(t.orthograd, amount * keep, amount), torch.where(t.orthograd, rms * along, pull)
-        rows = Scales(amount=amount, pull=pull, mask=late, advance=amount * self._step.delta[t.group_of])
+        self._advance = amount * self._step.delta[t.group_of]
+        rows = Scales(amount=amount, pull=pull, mask=late, advance=self._advance)
         self._buffers.scales.copy_(torch.stack(rows))
 
     def _gain_and_rms(self, stats: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,56 +249,66 @@ class PartNumbers:
     def verdict(self, reductions: Reductions, host: HostAccess) -> Verdict:
         """What is written: nothing if there is a cause not to, and only parameters that have a gradient."""
         stats, sums, outcome = reductions.table.stats, reductions.sums, reductions.last.outcome
-        # In fp64 the sums of finite numbers are finite, and sums of those are not where one of them is not.
-        gradients = stats[:, Stat.LARGEST_SQUARE].sum() + sums.sum(dtype=torch.float64)
-        uu = stats[:, Stat.UU]
+        columns = stats.sum(0)
         if self._traits.any_adopt:
             # ADOPT's first step divides by an empty moment: its direction does not count.
-            uu = torch.where(self._adopt_first, 0.0, uu)
-        state = stats[:, Stat.DOT : Stat.UU].sum() + (uu + stats[:, Stat.WW]).sum()
-        sound = torch.stack((state, gradients)).isfinite()
-        # By FAILED, REPLANS and UNSOUND, the ranks' outcomes.
-        causes = self._traits.causes
-        cause = torch.where(torch.cat((~sound, outcome > 0)), causes, 0.0).amax()
+            columns[Stat.UU] = torch.where(self._adopt_first, 0.0, stats[:, Stat.UU]).sum()
+        # In fp64 the sums of finite numbers are finite, and sums of others are not.
+        numbers = torch.cat((columns, sums.sum(dtype=torch.float64).view(1), outcome))
+        known = None
+        if host.free:
+            here = numbers.tolist()
+            known = Known(_known_cause(here), here[-len(Outcome) :])
+            cause = torch.tensor(float(known.cause), dtype=torch.float64)
+        else:
+            state = numbers[Stat.DOT : Stat.LATE_MASK].sum()
+            gradients = numbers[Stat.LARGEST_SQUARE] + numbers[len(Stat)]
+            sound = torch.stack((state, gradients)).isfinite()
+            cause = torch.where(torch.cat((~sound, outcome > 0)), self._traits.causes, 0.0).amax()
         active = stats[:, Stat.PRESENT] > 0
         if self._step.pauses is not None:
             active &= ~self._step.pauses[self._traits.group_of]
-        known = None
-        if host.free:
-            here = torch.cat((cause.view(1), outcome)).tolist()
-            known = Known(int(here[0]), here[1:])
         return Verdict(active, cause, known)
 
     def contribution(self, stats: Tensor, verdict: Verdict) -> Contribution:
-        """What this part adds to its step, and what belongs to its parameters after it."""
+        """What this part adds to its step, and what belongs to its parameters after it.
+
+        Of a part that is not written it is never asked for, but for the cause and the gradient's norm.
+        """
         t, step = self._traits, self._step
-        moved = verdict.active & ~self._adopt_first if t.any_adopt else verdict.active
-        counted = moved & (verdict.cause == Cause.NOTHING)
+        counted = moved = verdict.active & ~self._adopt_first if t.any_adopt else verdict.active
         if step.adapts is not None:
-            counted &= step.adapts[t.group_of]
+            counted = moved & step.adapts[t.group_of]
         after = self._parameters.clone()
         numerator, denominator = step.contributions(stats, self._of, counted, after)
         after[PARAMETER_NUMBERS.index("step")].add_(1)
-        shares = torch.stack((numerator, denominator, t.one, self._update_square(stats)))
-        shares = torch.where(torch.stack((counted, counted, moved, moved)), shares, 0.0)
-        rows = (*shares[:3], stats[:, Stat.GG], shares[3])
+        shares = torch.stack((numerator, denominator, t.one, stats[:, Stat.GG], self._update_square(stats)))
+        which = moved
+        if counted is not moved or step.pauses is not None or t.any_adopt:
+            which = torch.stack((counted, counted, moved, t.one > 0, moved)).unsqueeze(1)
         # No index_add_: it sums in no fixed order on a GPU, and d is the same bit for bit on every rank.
-        summed = torch.where(t.membership, torch.stack(rows).unsqueeze(1), 0.0).sum(2)
+        summed = torch.where(t.membership & which, shares.unsqueeze(1), 0.0).sum(2)
         return Contribution(torch.cat((summed, verdict.cause.expand(1, len(step.k)))), after)
 
     def _update_square(self, stats: Tensor) -> Tensor:
         """Square of the length of each parameter's update before decay and masks; NaN where no pass measures it."""
-        t = self._traits
-        factor, rms = self._gain_and_rms(stats)
-        square = stats[:, Stat.UU] * (factor * rms * self._step.delta[t.group_of]).square()
+        t, advance = self._traits, self._advance
+        if advance is None or t.any_orthograd:
+            factor, rms = self._gain_and_rms(stats)
+            advance = factor * rms * self._step.delta[t.group_of]
+        square = stats[:, Stat.UU] * advance.square()
         return square if t.all_measured else torch.where(t.measured, square, torch.nan)
 
     def fill_gates(self, verdict: Verdict, host: HostAccess) -> KnownGates | None:
         """Write what pass 3 may write, once the step has been decided."""
         t, gates = self._traits, self._buffers.gates
-        moments = verdict.active & (verdict.cause == Cause.NOTHING)
+        moments = verdict.active
+        if verdict.known is None:
+            moments = moments & (verdict.cause == Cause.NOTHING)
+        elif verdict.known.cause != Cause.NOTHING:
+            moments = torch.zeros_like(moments)
         if self._step.moves is not None:
-            moments &= self._step.moves[t.group_of]
+            moments = moments & self._step.moves[t.group_of]
         weights = moments & ~self._adopt_first if t.any_adopt else moments
         gates.moments.copy_(moments)
         gates.weights.copy_(weights)

@@ -109,9 +109,9 @@ class Planner:
             self.forget("its framework has loaded a checkpoint")
         return self._layout
 
-    def current_plan(self, part: Part) -> Plan | None:
+    def current_plan(self, part: Part, layout: Layout | None = None) -> Plan | None:
         """The plan for a part as it is now, made anew if its parameters or their switches have changed."""
-        layout, groups = self.current_layout(), self.groups
+        layout, groups = layout or self.current_layout(), self.groups
         switches = [self.method.switches(group) for group in groups]
         signature = (layout.signature(part), tuple(switches))
         plan = self.plans.get(part)

@@ -111,7 +111,9 @@ class PartStep:
         if plan.reductions.masks is not None:
             stats[:, Stat.LATE_MASK] = plan.reductions.masks.stats[:, Stat.LATE_MASK]
         numbers.fill_scales(stats)
-        known = numbers.fill_gates(self.verdict if cause is None else self.verdict._replace(cause=cause), plan.host)
+        # What this part alone would have done is not what all do.
+        verdict = self.verdict if cause is None else self.verdict._replace(cause=cause, known=None)
+        known = numbers.fill_gates(verdict, plan.host)
         return Prepared(self.contribution.parameters, known)
 
     @cached_property

@@ -56,6 +56,8 @@ class Total(IntEnum):
 
 def merged(parts: Sequence[Tensor]) -> Tensor:
     """The totals of several parts (rows by :class:`Total`)."""
+    if len(parts) == 1:
+        return parts[0]
     every = torch.stack(list(parts))
     return torch.cat((every[:, : Total.CAUSE].sum(0), every[:, Total.CAUSE].amax(0, keepdim=True)))
 
