@@ -110,6 +110,19 @@ def compare(
     )
 
 
+def copy_bandwidth(size: int = 1 << 30, times: int = 20) -> float:
+    """Bytes that an accelerator reads and writes in a second when it copies so many from one place to another."""
+    source = torch.empty(size, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    target.copy_(source)
+    torch.accelerator.synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        target.copy_(source)
+    torch.accelerator.synchronize()
+    return 2 * size * times / (time.perf_counter() - start)
+
+
 def _state_bytes(optimizer: Any) -> int:
     """Of tensors that are kept for parameters, and what our kernels keep beside them."""
     tensors = [v for entries in optimizer.state.values() for v in entries.values() if isinstance(v, torch.Tensor)]

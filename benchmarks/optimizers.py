@@ -22,10 +22,22 @@ OURS = "ppsf_dist"
 
 def _ours(choice: str = "auto", name: str = "ProdigyPlusScheduleFree", **arguments: Any) -> Build:
     def build(params: list[nn.Parameter]) -> Any:
-        with kernels(choice):
+        # On a GPU the fast ones have to be asked for.
+        asked = "native" if choice == "auto" and params[0].is_cuda else choice
+        with kernels(asked):
             return getattr(ppsf_dist, name)(params, **arguments)
 
     return build
+
+
+class _Captured:
+    """Steps by :class:`ppsf_dist.CapturedStep`."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        if not params[0].is_cuda:
+            raise ValueError("a step is captured on a GPU alone")
+        optimizer = _ours()(params)
+        self.state, self.step = optimizer.state, ppsf_dist.CapturedStep(optimizer, warm_up=1)
 
 
 def _reference(params: list[nn.Parameter]) -> Any:
@@ -60,6 +72,7 @@ def _deepspeed(params: list[nn.Parameter]) -> Any:
 OPTIMIZERS: dict[str, Build] = {
     BASELINE: lambda params: torch.optim.AdamW(params, fused=True),
     OURS: _ours(),
+    "ppsf_dist captured": _Captured,
     "ppsf_dist eager": _ours("eager"),
     "ppsf_dist speed": _ours(use_speed=True),
     "ppsf_dist unfactored": _ours(factored=False),

@@ -32,6 +32,7 @@ SETS: dict[str, Shapes] = {
     # Both halves of each adapter: A maps to the rank of 16, B from it and starts at zero.
     "lora": [*[(RANK, n) for n in WIDTHS], *[(n, RANK) for n in WIDTHS]] * 125,
     "tiny": [(16, 64)] * 500,
+    "billion": [(4096, 4096)] * 60,
     # Kernels of 3 x 3 as in a ResNet, and the patch embedding of a vision transformer.
     "conv": [*[(256, 256, 3, 3)] * 4, *[(512, 512, 3, 3)] * 2, *[(768, 3, 16, 16)] * 2],
 }

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import report
-from benchmarks.measuring import Cost, compare
+from benchmarks.measuring import Cost, compare, copy_bandwidth
 from benchmarks.optimizers import BASELINE, OPTIMIZERS, build
 from benchmarks.sets import SETS, elements, parameters
 
@@ -72,6 +72,8 @@ def main() -> None:
             costs = measure(name, dtype, arguments.device, arguments.optimizers, arguments.steps)
             title = f"{name}, {dtype}, {arguments.device}: {len(SETS[name])} tensors, {elements(name):,} elements"
             print(f"\n{title}\n\n{report.table(costs, elements(name))}", flush=True)
+            if arguments.device == "cuda":
+                print(f"\nA copy reads and writes {copy_bandwidth() / 1e9:,.0f} GB in a second.", flush=True)
             stem = f"step_{name}_{dtype}_{arguments.device}"
             if arguments.json is not None:
                 what = {"set": name, "dtype": dtype, "device": arguments.device, "steps": arguments.steps}

@@ -6,23 +6,20 @@ The picture of a step is in :mod:`ppsf_dist.engine.step`, what it is planned fro
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppsf_dist.engine.group_numbers import News
 from ppsf_dist.engine.open_step import Begun, OpenStep
 from ppsf_dist.engine.plan import Plan
 from ppsf_dist.engine.planning import Owner, Planner
-from ppsf_dist.engine.reports import Observer, report_of
 from ppsf_dist.engine.step import PartStep
 from ppsf_dist.engine.swap import Swap
 from ppsf_dist.methods.base import Cause, Method, StepNumbers, Total, merged
 from ppsf_dist.sharding import Group, Layout, Part, drop_gathered_copies
-from ppsf_dist.sharding.slots import Disagreement, describe, share_failure
+from ppsf_dist.sharding.slots import describe, share_failure
 from ppsf_dist.state.writes import Write, Writes
 
 ATTEMPTS = 3
@@ -41,8 +38,6 @@ class Engine(Planner):
         self._open: OpenStep | None = None
         self._begun: Begun | None = None
         self._torn: str | None = None
-        # A handle keeps a weak reference to it, which a plain dict does not allow.
-        self.observers: OrderedDict[int, Observer] = OrderedDict()
 
     def settle(self) -> None:
         """As of a planner; torn state is no state to save.
@@ -264,35 +259,7 @@ class Engine(Planner):
         opened.numbers.commit(totals)
         self._unheard += self.numbers.end_step(self.groups)
         self._open = None
-        news = self._unheard[-1] if self._unheard else None
-        self._tell_observers()
-        if news is not None:
-            self._hear(news)
-
-    def _tell_observers(self) -> None:
-        """Report the steps whose numbers have arrived."""
-        if self.numbers is None:
-            return
-        while self._unheard:
-            news = self._unheard.pop(0)
-            report = report_of(self.method, news, self.numbers.told)
-            self.numbers.told = news[0]
-            for observer in list(self.observers.values()):
-                observer(report)
-
-    def _hear(self, news: News) -> None:
-        """What the host learns from the numbers of a step, when they arrive."""
-        assert self.numbers is not None
-        before, self.numbers.heard = self.numbers.heard, news[0]
-        if self.host is not None and not self.host.free:
-            was_void = news[0]["k"] == before["k"]
-            for plan in self.plans.values():
-                plan.search_unsound_weights(begin=was_void)
-        if news[0]["failures"] > before["failures"]:
-            raise Disagreement(
-                "an earlier step changed nothing on any rank, because one of them could not make it, or had other "
-                "parameters or switches: see the first error of the other ranks"
-            )
+        self._hear_of_steps()
 
     def _creates_state_only(self, plan: Plan) -> bool:
         """Whether this is the step with lr 0 and zero gradients that distributed checkpoints make to create state."""

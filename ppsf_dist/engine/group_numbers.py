@@ -103,7 +103,7 @@ class GroupNumbers:
         Returns:
             The numbers of each step that has arrived and was not told of before, in order.
         """
-        if self.values.is_meta:
+        if self.values.is_meta or self._host.captures:
             return []
         if self._host.free:
             return [self._write(groups, self.values.tolist())]

@@ -14,11 +14,14 @@ class HostAccess:
     Attributes:
         free: whether the host may read tensors at once, because they lie in its own memory. Otherwise a read would
             wait for all work that the device still has to do.
+        captures: whether what is launched now is recorded, to be run later and again: nothing that only this step
+            needs may be in it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.free = device.type == "cpu"
+        self.captures = False
 
     def upload(self, rows: Sequence[Sequence[float]]) -> Tensor:
         """Numbers as an fp64 tensor on the device."""

@@ -110,7 +110,8 @@ class Plan:
         self._summed = [shard for shard in shards if type(shard).summand is not Shard.summand]
         self._named: set[Tensor] = set()
         self._search: PendingCopy | None = None
-        self._present: tuple[tuple[bool, ...], Tensor] | None = None
+        self._known_present: list[bool] = []
+        self._present = torch.zeros(len(table.slots), dtype=torch.float64, device=device)
         self.reduces_sums_early = any(
             f is not None and not switches[s.group].adopt for f, s in zip(factored, table.slots, strict=True)
         )
@@ -238,6 +239,12 @@ class Plan:
         entry = self._state[self.shards[0].param]
         return next((entry[name] for name in ("z", "exp_avg", "exp_avg_sq") if name in entry), None)
 
+    @property
+    def repeats(self) -> bool:
+        """Whether a step launches the same kernels as the one before, if no more than gradients have changed."""
+        alone = all(shard.summand() is None for shard in self._summed)
+        return alone and not self._unseen and self.passes.backends == {"triton"}
+
     def capture_unseen(self) -> None:
         """Let parameters that have not had a gradient yet start from where they are now."""
         if not self._unseen:
@@ -260,7 +267,18 @@ class Plan:
     def begin(self, unsound: Tensor) -> None:
         """Empty the buffers of the step, and note which gradients are here and how many numbers are not finite."""
         self.reductions.begin()
-        self._complete_gradients()
+        if not self.host.captures:
+            self._complete_gradients()
+            self.bind()
+        self.reductions.table.stats[:, Stat.PRESENT] = self._present
+        self.reductions.last.outcome[Outcome.UNSOUND] = unsound
+
+    def bind(self) -> None:
+        """Look at the weights and gradients of this step: what the host does for it.
+
+        Raises:
+            ValueError: they do not lie as the plan was made for.
+        """
         weights, gradients = self._local_tensors()
         shapes = self._shapes
         if [here.shape for here in weights] != shapes:
@@ -271,14 +289,13 @@ class Plan:
                 if gradient is not None and _is_odd(gradient, shape):
                     refuse_gradient(gradient, shape, self.slots[slot])
         self.passes.bind(weights, gradients)
-        present = tuple([gradient is not None for gradient in gradients])
-        if self._present is None or self._present[0] != present:
-            column = torch.zeros(len(self.slots), dtype=torch.float64)
+        present = [gradient is not None for gradient in gradients]
+        if present != self._known_present:
+            column = [0.0] * len(self.slots)
             for slot, is_here in zip(self.slot_of_shard, present, strict=True):
                 column[slot] = float(is_here)
-            self._present = (present, column.to(self.parameters.device))
-        self.reductions.table.stats[:, Stat.PRESENT] = self._present[1]
-        self.reductions.last.outcome[Outcome.UNSOUND] = unsound
+            self._present.copy_(self.host.upload([column])[0])
+            self._known_present = present
 
     def _local_tensors(self) -> tuple[list[Tensor], list[Tensor | None]]:
         """Weights and gradient of each shard as they are now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from ppsf_dist.engine.group_numbers import GroupNumbers, News
 from ppsf_dist.engine.host import HostAccess
 from ppsf_dist.engine.plan import Plan
 from ppsf_dist.engine.reductions import Outcome, Reductions
+from ppsf_dist.engine.reports import Observer, report_of
 from ppsf_dist.kernels.choice import ChosenKernels
 from ppsf_dist.methods.base import Method
 from ppsf_dist.methods.switches import Switches
@@ -79,6 +81,8 @@ class Planner:
         self.plans: dict[Part, Plan] = {}
         self.numbers: GroupNumbers | None = None
         self._unheard: list[News] = []
+        # A handle keeps a weak reference to it, which a plain dict does not allow.
+        self.observers: OrderedDict[int, Observer] = OrderedDict()
         self._layout: Layout | None = None
         self._trained: tuple[Layout, list[bool], dict[Tensor, Shard]] | None = None
         self._domains: frozenset[tuple[int, ...]] = frozenset()
@@ -304,6 +308,43 @@ class Planner:
             known = self.groups[: len(self.numbers.published)]
             self.numbers.absorb(known)
             self._unheard += self.numbers.publish(known)
+
+    def hear_of_step(self) -> None:
+        """Begin to bring the numbers after a step to the host, and tell of those that have arrived."""
+        assert self.numbers is not None
+        self._unheard += self.numbers.end_step(self.groups)
+        self._hear_of_steps()
+
+    def _hear_of_steps(self) -> None:
+        news = self._unheard[-1] if self._unheard else None
+        self._tell_observers()
+        if news is not None:
+            self._hear(news)
+
+    def _tell_observers(self) -> None:
+        """Report the steps whose numbers have arrived."""
+        if self.numbers is None:
+            return
+        while self._unheard:
+            news = self._unheard.pop(0)
+            report = report_of(self.method, news, self.numbers.told)
+            self.numbers.told = news[0]
+            for observer in list(self.observers.values()):
+                observer(report)
+
+    def _hear(self, news: News) -> None:
+        """What the host learns from the numbers of a step, when they arrive."""
+        assert self.numbers is not None
+        before, self.numbers.heard = self.numbers.heard, news[0]
+        if self.host is not None and not self.host.free:
+            was_void = news[0]["k"] == before["k"]
+            for plan in self.plans.values():
+                plan.search_unsound_weights(begin=was_void)
+        if news[0]["failures"] > before["failures"]:
+            raise Disagreement(
+                "an earlier step changed nothing on any rank, because one of them could not make it, or had other "
+                "parameters or switches: see the first error of the other ranks"
+            )
 
     def forget(self, reason: str) -> None:
         """Start anew from ``state`` and ``param_groups``, which somebody has replaced.

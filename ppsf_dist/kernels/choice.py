@@ -207,6 +207,11 @@ class ChosenPasses:
         self._first = parts[0].passes
 
     @property
+    def backends(self) -> set[str]:
+        """Names of those that compute it."""
+        return {use.backend for use in self.uses}
+
+    @property
     def kept(self) -> int:
         return sum(part.passes.kept for part in self.parts)
 

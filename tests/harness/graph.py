@@ -1,0 +1,67 @@
+"""A stand-in for a CUDA graph on a CPU: what a function launches is recorded, and run again on the same memory.
+
+Operators of torch are run again on the tensors that they were given, and their results written over those of the first
+time; so are Triton's kernels, in its interpreter. Whatever else the function did in Python is not repeated: as in a
+real graph, that is the point. Unlike one, recording also runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, recorded: list[Callable[[], object]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._recorded = recorded
+
+    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+        def again() -> None:
+            leaves = tree_leaves(func(*args, **(kwargs or {})))
+            for work in leaves:
+                if isinstance(work, torch.ScriptObject):
+                    # A collective.
+                    work.wait()  # type: ignore[attr-defined]
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            for before, now in zip(results, tensors, strict=True):
+                if now is not before and not func.is_view:
+                    before.copy_(now)
+
+        self._recorded.append(again)
+        return result
+
+
+def record(function: Callable[[], object]) -> Callable[[], object]:
+    """As :func:`ppsf_dist.engine.captured.record_cuda_graph`. State is as before the recording when this returns."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    recorded: list[Callable[[], object]] = []
+    launch = InterpretedFunction.run
+
+    def recording(self: Any, *args: Any, **kwargs: Any) -> None:
+        recorded.append(lambda: launch(self, *args, **kwargs))
+        with _disable_current_modes():
+            launch(self, *args, **kwargs)
+
+    InterpretedFunction.run = recording
+    try:
+        with _Recorder(recorded):
+            function()
+    finally:
+        InterpretedFunction.run = launch
+
+    @torch.no_grad()
+    def replay() -> None:
+        for step in recorded:
+            step()
+
+    return replay
