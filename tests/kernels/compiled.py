@@ -16,44 +16,88 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 EVERYWHERE = (("pass_3", "bf16"),)
-ON_SM_90 = tuple((kernel, dtype) for kernel in ("pass_1", "pass_2", "pass_3") for dtype in ("fp32", "bf16"))
 
 
-def compiled(kernel: str, dtype: str, target: str) -> Any:
-    """A pass over the tiles of a matrix with the default switches."""
+DEFAULT = ("owned", "factored", "schedulefree", "second_moment", "statistics", "needs_norms", "matrix", "flat")
+IN_BF16 = ("weights_in_bf16", "p0_in_bf16", "s_in_bf16", "stochastic")
+VARIANTS = {
+    "convolution": tuple({*DEFAULT} - {"matrix"}),
+    "unfactored": tuple({*DEFAULT} - {"matrix", "factored"}),
+    "momentum": ("owned", "second_moment", "statistics", "momentum", "speed", "decays", "grams", "flat"),
+    "cautious": (*DEFAULT, "cautious", "decays", "decays_by_lr", "atan2"),
+    "columns": tuple({*DEFAULT} - {"flat"}),
+}
+"""Other formulas and cuts, in fp32."""
+
+BETWEEN: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    "add_columns": ("plan", ("columns", "blocks"), {"BT": 64, "BN": 64}),
+    "add_results": ("plan", ("table", "slots", "firsts", "order"), {"SUMS": (0, 1, 6), "COUNT": 3, "BT": 64}),
+    "add_vectors": ("plan", ("vectors", "boxes", "blocks"), {"IN_BF16": True, "BLOCK": 128}),
+    "update_moments": ("plan", ("moments", "after", "count"), {"ROWS": None, "BLOCK": 1024, "ANY_BF16": True}),
+    "average_cells": ("moments", ("means", "starts"), {"BLOCK": 1024}),
+    "fill_roots": ("plan", ("moments", "count"), {"BLOCK": 1024}),
+    "scale_rows": ("plan", ("moments", "means", "count"), {"BLOCK": 1024, "ANY_CELLS": True}),
+    "write_moments": ("plan", ("moments", "after", "count"), {"BLOCK": 1024}),
+}
+"""What lies between the passes: its tables, its arguments, and what is compiled in."""
+
+
+ON_SM_90 = (
+    *[(kernel, dtype) for kernel in ("pass_1", "pass_2", "pass_3") for dtype in ("fp32", "bf16")],
+    *[("pass_3", variant) for variant in VARIANTS],
+    ("pass_1", "convolution"), ("count_masks", "cautious"), ("pack", "columns"),
+    *[(kernel, "") for kernel in BETWEEN],
+)  # fmt: skip
+
+
+def _tables() -> dict[str, Any]:
+    """Types of everything that kernels are given."""
+    from ppsf_dist.kernels.triton.tables import MomentsOnDevice, Plan
+
+    kinds = {
+        **dict.fromkeys(("pieces", "tasks", "addresses", "sizes", "slot_of", "rows", "cell_of", "ordered"), "*i64"),
+        **dict.fromkeys(("moments_gate", "weights_gate", "done", "in_bf16", "own_mean"), "*u8"),
+        **dict.fromkeys(("columns", "blocks", "vectors", "boxes", "slots", "firsts", "order", "starts"), "*i64"),
+        **dict.fromkeys(("results", "table"), "*fp64"),
+        **dict.fromkeys(("first", "count"), "i32"),
+        "keys": "*i32",
+    }
+    tables: dict[str, Any] = {
+        "plan": Plan(**{name: kinds.get(name, "*fp32") for name in Plan._fields}),
+        "moments": MomentsOnDevice(**{name: kinds.get(name, "*fp32") for name in MomentsOnDevice._fields}),
+        "after": "*fp32",
+        "means": "*fp32",
+    }
+    return kinds | tables
+
+
+def _compile(kernel: Any, arguments: tuple[str, ...], constants: dict[str, Any], target: str, warps: int) -> Any:
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ppsf_dist.kernels.triton import passes
+    tables = _tables()
+    signature = {**{name: tables[name] for name in arguments}, **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    return compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": warps, "enable_fp_fusion": False})
+
+
+def compiled(kernel: str, what: str, target: str) -> Any:
+    """A pass over the tiles of a matrix, by default, in one of :data:`VARIANTS`, or a kernel of :data:`BETWEEN`."""
+    from ppsf_dist.kernels.triton import between, passes
     from ppsf_dist.kernels.triton.backend import SAMPLES_AT_ONCE
     from ppsf_dist.kernels.triton.cutting import WIDE
-    from ppsf_dist.kernels.triton.tables import On, Plan, Rows
+    from ppsf_dist.kernels.triton.tables import On, Rows
 
-    half = dtype == "bf16"
-    switches = {"owned", "factored", "schedulefree", "second_moment", "statistics", "needs_norms", "matrix", "flat"}
-    switches |= {"weights_in_bf16", "p0_in_bf16", "s_in_bf16", "stochastic"} if half else set()
+    rows = Rows(*range(len(Rows._fields)))
+    if kernel in BETWEEN:
+        table, arguments, constants = BETWEEN[kernel]
+        given = {name: rows if value is None else value for name, value in constants.items()}
+        return _compile(getattr(between, kernel), (table, *arguments), given, target, 4)
+    switches = {*VARIANTS.get(what, DEFAULT), *(IN_BF16 if what == "bf16" else ())}
     on = On(*[name in switches for name in On._fields])
-    kinds = {
-        "i64": "pieces tasks addresses sizes",
-        "i32": "keys",
-        "u8": "moments_gate weights_gate done",
-        "fp64": "results",
-    }
-    of = {name: f"*{kind}" for kind, names in kinds.items() for name in names.split()}
-    plan = Plan(**{name: of.get(name, "*fp32") for name in Plan._fields})
-    constants = {
-        "ON": on,
-        "ROWS": Rows(*range(len(Rows._fields))),
-        "AXES": 1,
-        "BM": WIDE.lines,
-        "BN": WIDE.along,
-        "BS": SAMPLES_AT_ONCE,
-    }
-    signature = {"plan": plan, "first": "i32", **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(fn=getattr(passes, kernel), signature=signature, constexprs=constants)
-    options = {"num_warps": WIDE.warps, "enable_fp_fusion": False}
-    return compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    constants = {"ON": on, "ROWS": rows, "AXES": 1, "BM": WIDE.lines, "BN": WIDE.along, "BS": SAMPLES_AT_ONCE}
+    return _compile(getattr(passes, kernel), ("plan", "first"), constants, target, WIDE.warps)
 
 
 def registers(target: str, code: Any) -> tuple[int, int]:
@@ -76,8 +120,8 @@ def registers(target: str, code: Any) -> tuple[int, int]:
     return int(re.findall(r"Used (\d+) registers", said)[0]), sum(spilled)
 
 
-def describe(kernel: str, dtype: str, target: str) -> dict[str, int]:
-    code = compiled(kernel, dtype, target)
+def describe(kernel: str, what: str, target: str) -> dict[str, int]:
+    code = compiled(kernel, what, target)
     is_amd = target.startswith("gfx")
     text = code.asm["amdgcn" if is_amd else "ptx"]
     load, store = (
@@ -95,8 +139,8 @@ def describe(kernel: str, dtype: str, target: str) -> dict[str, int]:
 def main() -> None:
     found = {}
     for target in TARGETS:
-        for kernel, dtype in ON_SM_90 if target == "sm_90" else EVERYWHERE:
-            found[f"{target} {kernel} {dtype}"] = describe(kernel, dtype, target)
+        for kernel, what in ON_SM_90 if target == "sm_90" else EVERYWHERE:
+            found[f"{target} {kernel} {what}"] = describe(kernel, what, target)
     print(json.dumps(found, indent=1))
 
 

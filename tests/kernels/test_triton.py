@@ -165,8 +165,9 @@ def test_without_an_interpreter_a_cpu_has_none(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_compiled_for_gpus_that_are_not_here(tmp_path: Path) -> None:
-    """Where memory is aligned the tiles of a matrix are read and written 16 bytes at a time: the gradient in passes 1
-    and 2, with weights and z in pass 3, and those written. Nothing is spilled into memory."""
+    """All kernels. Where memory is aligned the tiles of a matrix are read and written 16 bytes at a time: the gradient
+    in passes 1 and 2, with weights and z in pass 3, and those written. Nothing of the default is spilled into memory.
+    """
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": ""}
     command = [sys.executable, "-m", "tests.kernels.compiled"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
@@ -174,11 +175,14 @@ def test_compiled_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     assembly: dict[str, dict[str, int]] = json.loads(done.stdout)
     assert {name.split()[0] for name in assembly} == set(TARGETS)
     for name, found in assembly.items():
-        target, kernel, dtype = name.split()
+        target, kernel, dtype = (*name.split(), "")[:3]
+        assert found["registers"], name
+        if dtype not in DTYPES:
+            continue
+        assert not found["spilled bytes"], (name, found)
         loads, stores = {"pass_1": (1, 0), "pass_2": (1, 0), "pass_3": (3, 2)}[kernel]
         # Sixteen elements for each thread.
         times = 4 if dtype == "fp32" else 2
         assert found["wide loads"] >= loads * times, (name, found)
         # AMD's compiler makes two stores of eight bytes of most.
         assert found["wide stores"] >= stores * (1 if target == "gfx942" else times), (name, found)
-        assert found["registers"] and not found["spilled bytes"], (name, found)

@@ -161,9 +161,9 @@ class TritonPasses:
 
     def _launch(self, kernel: Any, launch: Launch) -> None:
         variant = launch.variant
-        kernel[(launch.tasks,)](
-            self._plan, launch.first, ON=variant.on, ROWS=self._rows, AXES=variant.axes, BM=variant.tile.lines,
-            BN=variant.tile.along, BS=SAMPLES_AT_ONCE, num_warps=variant.tile.warps, enable_fp_fusion=False,
+        _run(
+            kernel, launch.tasks, self._plan, launch.first, ON=variant.on, ROWS=self._rows, AXES=variant.axes,
+            BM=variant.tile.lines, BN=variant.tile.along, BS=SAMPLES_AT_ONCE, num_warps=variant.tile.warps,
         )  # fmt: skip
 
     def _launch_where(self, kernel: Any, asks: Callable[[On], bool]) -> int:
@@ -178,22 +178,18 @@ class TritonPasses:
         for launches, (columns, blocks, programs) in zip(self._cut.rounds, self._columns, strict=True):
             for launch in launches:
                 self._launch(passes.pass_1, launch)
-            if programs:
-                between.add_columns[(programs,)](plan, columns, blocks, 0, BT=TASKS_AT_ONCE, BN=COLUMNS_AT_ONCE)
+            _run(between.add_columns, programs, plan, columns, blocks, BT=TASKS_AT_ONCE, BN=COLUMNS_AT_ONCE)
         vectors, blocks, programs, boxes = self._vectors
-        if programs:
-            between.add_vectors[(programs,)](
-                plan, vectors, boxes, blocks, IN_BF16=self._in_bf16, BLOCK=VECTOR_AT_ONCE, enable_fp_fusion=False
-            )
+        _run(between.add_vectors, programs, plan, vectors, boxes, blocks, IN_BF16=self._in_bf16, BLOCK=VECTOR_AT_ONCE)
         self._add_results(self._buffers.stats, OF_PASS_1)
 
     def _add_results(self, table: Tensor, sums: tuple[Sum, ...]) -> None:
         slots, firsts, order, count = self._of_slot
-        if count:
-            of = tuple(int(sum_) for sum_ in sums)
-            between.add_results[(count,)](
-                self._plan, table, slots, firsts, order, SUMS=of, COUNT=len(of), BT=TASKS_AT_ONCE
-            )
+        of = tuple(int(sum_) for sum_ in sums)
+        _run(
+            between.add_results, count, self._plan, table, slots, firsts, order, SUMS=of, COUNT=len(of),
+            BT=TASKS_AT_ONCE,
+        )  # fmt: skip
 
     def update_moments(self) -> None:
         self._moments.update()
@@ -241,7 +237,7 @@ class _Moments:
         divides = buffers.new_moments if buffers.adopt is None else torch.empty_like(buffers.new_moments)
         nothing = torch.zeros(1, dtype=torch.uint8, device=moments.values.device)
         self._tables = MomentsOnDevice(
-            values=moments.values,
+            kept=moments.values,
             of_factors=divides,
             slot_of=moments.slot_of,
             inverse_n=moments.inverse_n,
@@ -256,29 +252,37 @@ class _Moments:
         self._means = torch.empty(self._cells, device=moments.values.device)
 
     def update(self) -> None:
-        if self._count:
-            between.update_moments[(triton.cdiv(self._count, BLOCK),)](
-                self._plan, self._tables, self._buffers.new_moments, self._count, ROWS=self._rows, BLOCK=BLOCK,
-                ANY_BF16=self._moments.in_bf16 is not None, enable_fp_fusion=False,
-            )  # fmt: skip
+        _run(
+            between.update_moments, triton.cdiv(self._count, BLOCK), self._plan, self._tables,
+            self._buffers.new_moments, self._count, ROWS=self._rows, BLOCK=BLOCK,
+            ANY_BF16=self._moments.in_bf16 is not None,
+        )  # fmt: skip
 
     def fill_factors(self) -> None:
-        if not self._count:
-            return
-        buffers, tables = self._buffers, self._tables
-        if buffers.adopt is not None:
+        buffers, tables, rows = self._buffers, self._tables, len(self._moments.rows)
+        if buffers.adopt is not None and self._count:
             waits = buffers.adopt[self._moments.slot_of]
             torch.where(waits, self._moments.values, buffers.new_moments, out=tables.of_factors)
-        between.fill_roots[(triton.cdiv(self._count, BLOCK),)](self._plan, tables, self._count, BLOCK=BLOCK)
-        if self._cells:
-            between.average_cells[(self._cells,)](tables, self._means, self._starts, BLOCK=BLOCK)
-        rows = len(self._moments.rows)
-        between.scale_rows[(triton.cdiv(rows, BLOCK),)](
-            self._plan, tables, self._means, rows, BLOCK=BLOCK, ANY_CELLS=self._cells > 0, enable_fp_fusion=False
-        )
+        _run(between.fill_roots, triton.cdiv(self._count, BLOCK), self._plan, tables, self._count, BLOCK=BLOCK)
+        _run(between.average_cells, self._cells, tables, self._means, self._starts, BLOCK=BLOCK)
+        _run(
+            between.scale_rows, triton.cdiv(rows, BLOCK), self._plan, tables, self._means, rows, BLOCK=BLOCK,
+            ANY_CELLS=self._cells > 0,
+        )  # fmt: skip
 
     def write(self) -> None:
-        if self._count:
-            between.write_moments[(triton.cdiv(self._count, BLOCK),)](
-                self._plan, self._tables, self._buffers.new_moments, self._count, BLOCK=BLOCK
-            )
+        _run(
+            between.write_moments, triton.cdiv(self._count, BLOCK), self._plan, self._tables,
+            self._buffers.new_moments, self._count, BLOCK=BLOCK,
+        )  # fmt: skip
+
+
+def _run(kernel: Any, programs: int, tables: Plan | MomentsOnDevice, *arguments: Any, **constants: Any) -> None:
+    """Launch so many programs on the device where the tables are, which need not be the current one.
+
+    Nothing is fused that does not say so: the bits are those of the eager kernels.
+    """
+    if not programs:
+        return
+    with torch.cuda.device_of(tables[0]):
+        kernel[(programs,)](tables, *arguments, enable_fp_fusion=False, **constants)

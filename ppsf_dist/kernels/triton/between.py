@@ -15,13 +15,13 @@ MOST_AXES = tl.constexpr(codes.MOST_AXES)
 ROW_MEAN_GUARD = tl.constexpr(1e-30)
 
 
-@triton.jit(do_not_specialize=["first"])
-def add_columns(plan, columns, blocks, first, BT: tl.constexpr, BN: tl.constexpr):
+@triton.jit
+def add_columns(plan, columns, blocks, BT: tl.constexpr, BN: tl.constexpr):
     """Sums along the lines of a matrix: those of its tasks, in order.
 
     A row of ``columns`` is where they go, how many there are, where those of the first task wait, and how many tasks.
     """
-    block = blocks + (first + tl.program_id(0)).to(tl.int64) * 2
+    block = blocks + tl.program_id(0).to(tl.int64) * 2
     of = columns + tl.load(block) * OF_COLUMNS
     at, n, partial, tasks = tl.load(of), tl.load(of + 1), tl.load(of + 2), tl.load(of + 3)
     j = tl.load(block + 1) + tl.arange(0, BN)
@@ -86,15 +86,15 @@ def add_vectors(plan, vectors, boxes, blocks, IN_BF16: tl.constexpr, BLOCK: tl.c
             gradient = address.to(tl.pointer_type(tl.bfloat16)) + tl.load(box + 1) + offset
         else:
             gradient = address.to(tl.pointer_type(tl.float32)) + tl.load(box + 1) + offset
-        for k in range(0, length):
-            g = tl.load(gradient + k * step, mask=inside & (address != 0), other=0.0).to(tl.float32)
+        for along in range(0, length):
+            g = tl.load(gradient + along * step, mask=inside & (address != 0), other=0.0).to(tl.float32)
             total += (g * g).to(tl.float64)
     there = i < count
     before = tl.load(plan.sums + dest + i, mask=there, other=0.0)
     tl.store(plan.sums + dest + i, (before.to(tl.float64) + total).to(tl.float32), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def update_moments(
     plan, moments, after, count, ROWS: tl.constexpr, BLOCK: tl.constexpr, ANY_BF16: tl.constexpr
 ):  # fmt: skip
@@ -104,7 +104,7 @@ def update_moments(
     slot = tl.load(moments.slot_of + i, mask=mask, other=0)
     square = tl.load(plan.sums + i, mask=mask, other=0.0) * tl.load(moments.inverse_n + i, mask=mask, other=0.0)
     beta2, weight = formulas.number(plan, slot, ROWS.beta2), formulas.number(plan, slot, ROWS.square_weight)
-    old = tl.load(moments.values + i, mask=mask, other=0.0)
+    old = tl.load(moments.kept + i, mask=mask, other=0.0)
     new = formulas.ema(old, beta2, weight, square, False)
     if ANY_BF16:
         halved = tl.load(moments.in_bf16 + i, mask=mask, other=0) != 0
@@ -125,7 +125,7 @@ def average_cells(moments, means, starts, BLOCK: tl.constexpr):
     tl.store(means + cell, (tl.sum(total) / (last - first).to(tl.float64)).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def fill_roots(plan, moments, count, BLOCK: tl.constexpr):
     """Square roots of all moments."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -133,7 +133,7 @@ def fill_roots(plan, moments, count, BLOCK: tl.constexpr):
     tl.store(plan.factors + i, tl.sqrt_rn(tl.load(moments.of_factors + i, mask=mask, other=0.0)), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def scale_rows(plan, moments, means, count, BLOCK: tl.constexpr, ANY_CELLS: tl.constexpr):
     """Square roots of R divided by its mean, in place of those of R."""
     k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -148,11 +148,11 @@ def scale_rows(plan, moments, means, count, BLOCK: tl.constexpr, ANY_CELLS: tl.c
     tl.store(plan.factors + at, tl.sqrt_rn(tl.div_rn(row, mean + ROW_MEAN_GUARD)), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def write_moments(plan, moments, after, count, BLOCK: tl.constexpr):
     """Those of the parameters whose gate is open. Twice is once."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < count
     slot = tl.load(moments.slot_of + i, mask=mask, other=0)
     open_ = tl.load(plan.moments_gate + slot, mask=mask, other=0) != 0
-    tl.store(moments.values + i, tl.load(after + i, mask=mask, other=0.0), mask=mask & open_)
+    tl.store(moments.kept + i, tl.load(after + i, mask=mask, other=0.0), mask=mask & open_)

@@ -150,9 +150,12 @@ BOX_FIELDS = 2 + 2 * MOST_AXES
 
 
 class MomentsOnDevice(NamedTuple):
-    """The tables of :class:`ppsf_dist.state.moments.FactoredMoments`, bools as bytes, and the moments that divide."""
+    """The tables of :class:`ppsf_dist.state.moments.FactoredMoments`, bools as bytes, and the moments that divide.
 
-    values: Any
+    ``kept`` are its values, by a name that Triton's own tuples do not have.
+    """
+
+    kept: Any
     of_factors: Any
     slot_of: Any
     inverse_n: Any
