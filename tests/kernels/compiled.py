@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import tempfile
-from pathlib import Path
 from typing import Any
 
 TARGETS = {
@@ -106,15 +105,14 @@ def registers(target: str, code: Any) -> tuple[int, int]:
         text = code.asm["amdgcn"]
         counts = [int(re.findall(rf"\.{name}:\s*(\d+)", text)[0]) for name in ("vgpr_count", "vgpr_spill_count")]
         return counts[0], counts[1]
-    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    assembler = folder / ("ptxas-blackwell" if target == "sm_100" else "ptxas")
+    assembler = get_ptxas(TARGETS[target][1]).path
     architecture = re.findall(r"\.target (\w+)", code.asm["ptx"])[0]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(code.asm["ptx"])
         file.flush()
-        command = [str(assembler), "-v", f"--gpu-name={architecture}", file.name, "-o", "/dev/null"]
+        command = [assembler, "-v", f"--gpu-name={architecture}", file.name, "-o", "/dev/null"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", said)]
     return int(re.findall(r"Used (\d+) registers", said)[0]), sum(spilled)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ppsf_dist.kernels import codes
-from ppsf_dist.kernels.triton import formulas
+from ppsf_dist.kernels.triton import formulas, walk
 from ppsf_dist.kernels.triton.tables import BOX_FIELDS, COLUMN_FIELDS, VECTOR_FIELDS
 from ppsf_dist.kernels.triton.walk import ADDRESSES, GRADIENT
 
@@ -76,7 +76,7 @@ def add_vectors(plan, vectors, boxes, blocks, IN_BF16: tl.constexpr, BLOCK: tl.c
             begin, size = tl.load(box + 2 + (MOST_AXES - 1 - k)), tl.load(box + 2 + MOST_AXES + (MOST_AXES - 1 - k))
             at = rest % extent
             rest = rest // extent
-            inside = inside & (here | ((at >= begin) & (at < begin + size)))
+            inside = tl.where(here, inside, inside & (at >= begin) & (at < begin + size))
             offset += tl.where(here, 0, (at - begin) * stride)
             step += tl.where(here, stride, 0)
             length += tl.where(here, size, 0)
@@ -87,7 +87,7 @@ def add_vectors(plan, vectors, boxes, blocks, IN_BF16: tl.constexpr, BLOCK: tl.c
         else:
             gradient = address.to(tl.pointer_type(tl.float32)) + tl.load(box + 1) + offset
         for along in range(0, length):
-            g = tl.load(gradient + along * step, mask=inside & (address != 0), other=0.0).to(tl.float32)
+            g = tl.load(gradient + along * step, mask=walk.only_if(address != 0, inside), other=0.0).to(tl.float32)
             total += (g * g).to(tl.float64)
     there = i < count
     before = tl.load(plan.sums + dest + i, mask=there, other=0.0)

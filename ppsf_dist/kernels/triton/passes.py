@@ -54,7 +54,7 @@ def keep(plan, task, SUM: tl.constexpr, value):
 @triton.jit
 def gradient(plan, piece, at, y_at, offset, mask, slot, ROWS: tl.constexpr, ON: tl.constexpr):
     """Zeros where there is none; with the weights in it, where they decay so."""
-    g = walk.read(at, offset, mask & (walk.address(plan, piece, GRADIENT) != 0))
+    g = walk.read(at, offset, walk.only_if(walk.address(plan, piece, GRADIENT) != 0, mask))
     if ON.coupled_decay:
         g = walk.read(y_at, offset, mask) * formulas.number(plan, slot, ROWS.weight_decay) + g
     return g
@@ -154,7 +154,7 @@ def _sum_samples(plan, task, ON: tl.constexpr, ROWS: tl.constexpr, AXES: tl.cons
             mask, offset = m < count, at + m * slice_p
             g = gradient(plan, piece, g_at, y_at, offset, mask, slot, ROWS, ON)
             if ON.schedulefree:
-                point = walk.read(packed, sample + m, mask & (stale == 0))
+                point = walk.read(packed, sample + m, walk.only_if(stale == 0, mask))
                 if stale:
                     point = walk.read(point_at, offset, mask)
             else:
@@ -315,7 +315,7 @@ def _write(
     piece = walk.piece_of(plan, task)
     slot, n = tl.load(piece + SLOT), walk.hinted(tl.load(piece + N), WIDE)
     lines, live = walk.lines_of(plan, task, BM)
-    live = live & (tl.load(plan.weights_gate + slot) != 0)
+    live = walk.only_if(tl.load(plan.weights_gate + slot) != 0, live)
     end = walk.hinted(walk.of_task(plan, task, END), WIDE)
     index = tl.load(piece + INDEX) + walk.along_axes(piece, lines, INDEX_STRIDE, AXES)
     y_at, z_at = walk.memory(plan, piece, WEIGHTS, ON, WIDE), walk.memory(plan, piece, Z, ON, WIDE)

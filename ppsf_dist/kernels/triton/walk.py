@@ -102,6 +102,15 @@ def read(pointer, offset, mask):
 
 
 @triton.jit
+def only_if(condition, mask):
+    """A mask that is empty where one condition does not hold.
+
+    Not ``mask & condition``: of that the interpreter of Triton 3.9 makes numbers.
+    """
+    return tl.where(condition, mask, False)
+
+
+@triton.jit
 def hinted(x, WIDE: tl.constexpr):
     """A number of elements that 16 bytes divide in every dtype, where the task is wide.
 
