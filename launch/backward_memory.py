@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ppsf_dist import ProdigyPlusScheduleFree
 from ppsf_dist.fsdp import step_in_backward
@@ -27,11 +28,21 @@ from ppsf_dist.fsdp import step_in_backward
 MIB = 1 << 20
 
 
-def local_bytes(tensor: Tensor | None) -> int:
-    if tensor is None:
-        return 0
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.numel() * local.element_size()
+class Alive:
+    """The memory of gradients, for as long as anybody holds it."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[StorageWeakRef, int] = {}
+
+    def see(self, gradient: Tensor) -> None:
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        storage = local.untyped_storage()
+        self._sizes[StorageWeakRef(storage)] = storage.nbytes()
+
+    @property
+    def bytes(self) -> int:
+        self._sizes = {memory: size for memory, size in self._sizes.items() if not memory.expired()}
+        return sum(self._sizes.values())
 
 
 def make_model(width: int, depth: int, device: torch.device) -> nn.Module:
@@ -50,11 +61,14 @@ def peak_bytes(width: int, depth: int, device: torch.device, *, in_backward: boo
     model = make_model(width, depth, device)
     parameters = list(model.parameters())
     optimizer = ProdigyPlusScheduleFree(parameters, fused_back_pass=in_backward)
-    peak = 0
+    peak, alive = 0, Alive()
 
     def count(_: Tensor) -> None:
         nonlocal peak
-        peak = max(peak, sum(local_bytes(p.grad) for p in parameters))
+        for p in parameters:
+            if p.grad is not None:
+                alive.see(p.grad)
+        peak = max(peak, alive.bytes)
 
     for parameter in parameters:
         # Hooks run in the order of their registration: this one before the gradient is used and freed.
