@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ppsf_dist.engine.plan import Plan
 
 if TYPE_CHECKING:
+    from ppsf_dist.engine.engine import Engine
     from ppsf_dist.optimizers.base import DistributedOptimizer
 
 logger = logging.getLogger(__name__)
@@ -55,17 +56,21 @@ class CapturedStep:
         warm_up: how many ordinary steps come before the first captured one, at least 1.
 
     Raises:
+        TypeError: the optimizer is none of this package's own (a wrapped one launches its base optimizer's step).
         ValueError: ``warm_up`` is less than 1, or the optimizer steps in the backward pass.
-        RuntimeError: later, from a call: some parameters run on other kernels than Triton's, which cannot follow
-            gradients that move; or what :meth:`ppsf_dist.optimizers.base.DistributedOptimizer.step` raises.
+        RuntimeError: later, from a call: the step cannot be captured, or what
+            :meth:`ppsf_dist.optimizers.base.DistributedOptimizer.step` raises.
     """
 
     def __init__(self, optimizer: DistributedOptimizer, *, warm_up: int = 3) -> None:
+        engine: Engine | None = getattr(optimizer, "_engine", None)
+        if engine is None:
+            raise TypeError(f"{type(optimizer).__name__} has no step to capture: give an optimizer of ppsf_dist")
         if warm_up < 1:
             raise ValueError(f"warm_up={warm_up} must be at least 1: a step that is captured must have been made once")
-        if optimizer._engine.is_fused:
+        if engine.is_fused:
             raise ValueError("fused_back_pass=True makes its steps in the backward pass: use fused_back_pass=False")
-        self._optimizer, self._engine = optimizer, optimizer._engine
+        self._optimizer, self._engine = optimizer, engine
         self._steps_to_come = warm_up
         self._record: Record = record_cuda_graph
         self._captured: tuple[Plan, Callable[[], object]] | None = None
@@ -78,38 +83,35 @@ class CapturedStep:
             self._optimizer.step()
             self._steps_to_come = max(0, self._steps_to_come - 1)
             return
-        self._refresh(plan)
         if self._captured is None:
             self._captured = plan, self._capture(plan)
         # With the hooks of the optimizer's step around it.
         Optimizer.profile_hook_step(self._replay)(self._optimizer)
         self._conclude(plan)
 
-    def _replay(self, optimizer: DistributedOptimizer) -> None:
-        assert self._captured is not None
-        self._captured[1]()
-
     @torch.no_grad()
     def _settled_plan(self) -> Plan | None:
-        """The plan whose step can be captured, or has been; None where an ordinary step must come first."""
+        """The plan of this step, bound to its tensors, if it is that of the one before; else an ordinary step comes."""
         engine = self._engine
-        known = self._captured[0] if self._captured is not None else None
-        if self._steps_to_come or len(engine.plans) != 1 or not all(g.get("train_mode", True) for g in engine.groups):
+        averaged = not all(group.get("train_mode", True) for group in engine.groups)
+        if self._steps_to_come or averaged or not engine.plans:
             return None
-        ((part, plan),) = engine.plans.items()
         layout = engine.current_layout()
-        if layout.all_parts or engine.current_plan(part, layout) is not plan or (known and known is not plan):
-            return None
-        if plan.frozen != [engine.method.is_frozen(group) for group in engine.groups]:
-            return None
-        if plan.passes.backends != {"triton"}:
-            uses = "; ".join(map(str, plan.passes.uses))
+        if layout.all_parts or len(engine.plans) > 1:
             raise RuntimeError(
-                f"a step can only be captured with Triton's kernels for all parameters, and here it is {uses}: set "
-                "PPSF_KERNELS=native on a GPU, without the switches that only eager kernels have, or call "
-                "optimizer.step()"
+                "a step that comes in parts (DeepSpeed's ZeRO) cannot be captured: call optimizer.step()"
             )
-        return plan if plan.repeats else None
+        ((part, plan),) = engine.plans.items()
+        with engine.together(layout, part):
+            if plan.frozen != [engine.method.is_frozen(group) for group in engine.groups]:
+                return None
+            if engine.current_plan(part, layout) is not plan or (self._captured and self._captured[0] is not plan):
+                return None
+            why = plan.why_not_captured()
+            if why is not None:
+                raise RuntimeError(f"this step cannot be captured, because {why}, or call optimizer.step()")
+            self._refresh(plan)
+        return plan
 
     @torch.no_grad()
     def _refresh(self, plan: Plan) -> None:
@@ -119,7 +121,12 @@ class CapturedStep:
         engine.method.validate_step(engine.groups)
         engine.numbers.absorb(engine.groups)
         engine.numbers.hyper(engine.groups)
+        plan.capture_unseen()
         plan.bind()
+
+    def _replay(self, optimizer: DistributedOptimizer) -> None:
+        assert self._captured is not None
+        self._captured[1]()
 
     @torch.no_grad()
     def _capture(self, plan: Plan) -> Callable[[], object]:

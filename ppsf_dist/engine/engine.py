@@ -72,7 +72,7 @@ class Engine(Planner):
             self._end_backward(layout)
             return loss
         part = layout.part(self._owner.param_groups)
-        with self._together(layout, part):
+        with self.together(layout, part):
             loss = None if closure is None else closure()
             if self._open is not None and self._open.stepped & part:
                 # The framework has left out some parts of the step before.
@@ -116,7 +116,7 @@ class Engine(Planner):
         self._end_begun()
         layout = self.current_layout()
         part = frozenset(layout.param_ids[param] for param in params)
-        with self._together(layout, part):
+        with self.together(layout, part):
             plan = self.current_plan(part)
             if plan is None:
                 return
@@ -129,7 +129,7 @@ class Engine(Planner):
         """Bring the part to its end whose sums have travelled meanwhile."""
         begun, self._begun = self._begun, None
         if begun is not None:
-            with self._together(self.current_layout(), begun.part, goes_on=True):
+            with self.together(self.current_layout(), begun.part, goes_on=True):
                 self._end_part(begun)
 
     def _end_backward(self, layout: Layout) -> None:

@@ -239,11 +239,14 @@ class Plan:
         entry = self._state[self.shards[0].param]
         return next((entry[name] for name in ("z", "exp_avg", "exp_avg_sq") if name in entry), None)
 
-    @property
-    def repeats(self) -> bool:
-        """Whether a step launches the same kernels as the one before, if no more than gradients have changed."""
-        alone = all(shard.summand() is None for shard in self._summed)
-        return alone and not self._unseen and self.passes.backends == {"triton"}
+    def why_not_captured(self) -> str | None:
+        """Why a step of it cannot be launched again as it was, while gradients move; None if it can."""
+        if self.passes.backends != {"triton"}:
+            uses = "; ".join(map(str, self.passes.uses))
+            return f"only Triton's kernels follow gradients that move, and here it is {uses}: set PPSF_KERNELS=native"
+        if any(shard.summand() is not None for shard in self._summed):
+            return "gradients come as sums over ranks (Partial), which are completed before the step: redistribute them"
+        return None
 
     def capture_unseen(self) -> None:
         """Let parameters that have not had a gradient yet start from where they are now."""

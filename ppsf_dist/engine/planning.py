@@ -239,7 +239,7 @@ class Planner:
         return self._trained[2]
 
     @contextmanager
-    def _together(self, layout: Layout, part: Part, *, goes_on: bool = False) -> Iterator[None]:
+    def together(self, layout: Layout, part: Part, *, goes_on: bool = False) -> Iterator[None]:
         """A call in which all ranks meet: an exception of this one reaches the others, which would wait for it.
 
         Args:

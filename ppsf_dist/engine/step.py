@@ -45,7 +45,8 @@ class PartStep:
                 :meth:`measure`. Otherwise it begins there.
         """
         plan, passes, reductions = self.plan, self.plan.passes, self.plan.reductions
-        plan.capture_unseen()
+        if not plan.host.captures:
+            plan.capture_unseen()
         plan.begin(self._step.unsound)
         self.numbers.begin(plan.moments)
 

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ppsf_dist import CapturedStep, ProdigyPlusScheduleFree
 from ppsf_dist.optimizers.base import DistributedOptimizer
 from tests.family import FAMILY, make
 from tests.harness import graph
 from tests.harness.kernels import interpreted
-from tests.harness.layouts import LAYOUTS, set_grads, shard_parameters
+from tests.harness.layouts import LAYOUTS, local, set_grads, shard_parameters
 from tests.harness.models import gradient_sequence, initial_weights
 from tests.harness.pool import run
 from tests.runs import make_optimizer
@@ -145,8 +147,47 @@ def test_what_has_changed_is_captured_anew() -> None:
     assert run(1, interpreted, _after_changes)[0] == [0, 1, 2, 3, 4, 4]
 
 
+def _one_rank_fails() -> list[str]:
+    """What each call of a captured step raises, when one rank has a gradient that cannot be stepped in the fourth."""
+    layout = LAYOUTS["fsdp_2"]
+    parameters = shard_parameters(initial_weights(SHAPES), layout)
+    optimizer = make_optimizer(parameters)
+    step = Rehearsed(optimizer, warm_up=1)
+    said, before = [], {}
+    for number, gradients in enumerate(gradient_sequence(SHAPES, 6)):
+        set_grads(parameters, gradients)
+        p = parameters["vector"]
+        if number == 1:
+            optimizer._engine.host.free = False  # type: ignore[union-attr]
+        if number == 3:
+            before = {name: local(value.detach()).clone() for name, value in parameters.items()}
+            if dist.get_rank() == 1:
+                assert isinstance(p.grad, DTensor)
+                p.grad._local_tensor = torch.ones(0)
+        try:
+            step()
+            said.append("")
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+        if number == 3:
+            assert all(torch.equal(local(value), before[name]) for name, value in parameters.items())
+    return said
+
+
+@pytest.mark.dist
+def test_a_rank_that_cannot_step_is_waited_for_by_nobody() -> None:
+    """The sums that the others replay are those in which it says so; they hear of it with the numbers of that step."""
+    first, second = run(2, interpreted, _one_rank_fails)
+    assert second[3].startswith("ValueError: the gradient of")
+    (heard,) = [one for one in first if one]
+    assert "Disagreement: an earlier step changed nothing on any rank" in heard
+    assert not any(first[:3]) and not any(second[:3])
+
+
 def test_what_cannot_be_captured_is_refused() -> None:
     p = nn.Parameter(torch.ones(40, 12))
+    with pytest.raises(TypeError, match="SGD has no step to capture"):
+        CapturedStep(torch.optim.SGD([p]))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="fused_back_pass=False"):
         CapturedStep(ProdigyPlusScheduleFree([p], fused_back_pass=True))
     optimizer = ProdigyPlusScheduleFree([p])
@@ -156,6 +197,6 @@ def test_what_cannot_be_captured_is_refused() -> None:
     p.grad = torch.ones_like(p)
     step()
     before = p.detach().clone()
-    with pytest.raises(RuntimeError, match="PPSF_KERNELS=native on a GPU"):
+    with pytest.raises(RuntimeError, match="because only Triton's kernels .* set PPSF_KERNELS=native"):
         step()
     assert torch.equal(p, before)
