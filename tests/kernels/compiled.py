@@ -31,7 +31,7 @@ VARIANTS = {
 BETWEEN: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "add_columns": ("plan", ("columns", "blocks"), {"BT": 64, "BN": 64}),
     "add_results": ("plan", ("table", "slots", "firsts", "order"), {"SUMS": (0, 1, 6), "COUNT": 3, "BT": 64}),
-    "add_vectors": ("plan", ("vectors", "boxes", "blocks"), {"IN_BF16": True, "BLOCK": 128}),
+    "add_vectors": ("plan", ("vectors", "boxes", "blocks"), {"BLOCK": 128}),
     "update_moments": ("plan", ("moments", "after", "count"), {"ROWS": None, "BLOCK": 1024, "ANY_BF16": True}),
     "average_cells": ("moments", ("means", "starts"), {"BLOCK": 1024}),
     "fill_roots": ("plan", ("moments", "count"), {"BLOCK": 1024}),

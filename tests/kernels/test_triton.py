@@ -16,6 +16,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from torch import nn
 
 from ppsf_dist import ProdigyPlusScheduleFree, kernels
 from ppsf_dist.kernels.codes import COEFFICIENTS, Flag, Sum
@@ -114,6 +115,33 @@ def test_packed_samples_follow_whoever_writes_to_z() -> None:
     )
     assert backend == "triton"
     assert past_torch == through_torch
+
+
+def _of_two_dtypes() -> tuple[list[Any], str]:
+    """Weights after three steps of kernels of a convolution and vectors in fp32 and bf16, and the kernels."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(36, 5, 3, 3), (33,), (40, 12)]
+    params = [
+        nn.Parameter((torch.randn(shape, generator=generator) * 0.02).to(dtype))
+        for dtype in DTYPES.values()
+        for shape in shapes
+    ]
+    optimizer = ProdigyPlusScheduleFree(params, d0=1e-3)
+    for _ in range(3):
+        for p in params:
+            p.grad = (torch.randn(p.shape, generator=generator) * 0.01).to(p.dtype)
+        optimizer.step()
+    backends = {use.backend for use in kernels.report(optimizer)}
+    return [*[p.float() for p in params], torch.tensor(optimizer.get_d())], "".join(backends)
+
+
+@pytest.mark.dist
+def test_one_optimizer_may_hold_both_dtypes() -> None:
+    ours, backend = run(1, interpreted, _of_two_dtypes)[0]
+    assert backend == "triton"
+    for one, other in zip(ours, _of_two_dtypes()[0], strict=True):
+        # Rounded to bf16 an element in a thousand may fall on the other side.
+        assert ((one - other).abs() > 1e-6 * other.abs() + 1e-9).sum() <= 1 + one.numel() // 1000
 
 
 def _written_twice() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -74,11 +76,8 @@ class TritonPasses:
         self._columns = [self._blocks([column.n for column in of], COLUMNS_AT_ONCE, of) for of in self._cut.columns]
         vectors, rows, lengths = vectors_of(boxes, shards, slots, moments)
         self._vectors = (*self._blocks(lengths, VECTOR_AT_ONCE, vectors), self._ints(rows))
-        self._in_bf16 = bool(shards) and shards[0].weights().dtype == torch.bfloat16
         self._of_slot = self._tasks_of_slots(self._cut)
         self._moments = _Moments(moments, buffers, self._plan, self._rows)
-        self._norms = any(switch.needs_norms for switch in switches)
-        self._masks = any(switch.counts_mask_late for switch in switches)
         self._bound = array("q")
 
     def _ints(self, rows: Sequence[Any]) -> Tensor:
@@ -115,11 +114,9 @@ class TritonPasses:
     def _tasks_of_slots(self, of: Cut) -> tuple[Tensor, Tensor, Tensor, int]:
         """The parameters that have tasks, where those of each begin in the order of tasks, and that order."""
         order = sorted(range(len(of.tasks)), key=lambda task: (of.slots[task], task))
-        slots = sorted(set(of.slots))
-        firsts = [0]
-        for slot in slots:
-            firsts.append(firsts[-1] + of.slots.count(slot))
-        return self._ints(slots), self._ints(firsts), self._ints(order), len(slots)
+        counts = sorted(Counter(of.slots).items())
+        firsts = [0, *accumulate(count for _, count in counts)]
+        return self._ints([slot for slot, _ in counts]), self._ints(firsts), self._ints(order), len(counts)
 
     @property
     def kept(self) -> int:
@@ -180,7 +177,7 @@ class TritonPasses:
                 self._launch(passes.pass_1, launch)
             _run(between.add_columns, programs, plan, columns, blocks, BT=TASKS_AT_ONCE, BN=COLUMNS_AT_ONCE)
         vectors, blocks, programs, boxes = self._vectors
-        _run(between.add_vectors, programs, plan, vectors, boxes, blocks, IN_BF16=self._in_bf16, BLOCK=VECTOR_AT_ONCE)
+        _run(between.add_vectors, programs, plan, vectors, boxes, blocks, BLOCK=VECTOR_AT_ONCE)
         self._add_results(self._buffers.stats, OF_PASS_1)
 
     def _add_results(self, table: Tensor, sums: tuple[Sum, ...]) -> None:

@@ -52,11 +52,11 @@ def add_results(plan, table, slots, firsts, order, SUMS: tl.constexpr, COUNT: tl
 
 
 @triton.jit
-def add_vectors(plan, vectors, boxes, blocks, IN_BF16: tl.constexpr, BLOCK: tl.constexpr):
+def add_vectors(plan, vectors, boxes, blocks, BLOCK: tl.constexpr):
     """Sums of squares over one axis of a parameter that is no matrix, of every box that this rank has of it.
 
     A row of ``vectors`` is where they go, the axis, the boxes from and to, and the shape of the parameter; one of
-    ``boxes`` the shard, the place of its first element in it, offset and size.
+    ``boxes`` the shard, whether that is in bf16, the place of its first element in it, offset and size.
     """
     block = blocks + tl.program_id(0).to(tl.int64) * 2
     of = vectors + tl.load(block) * OF_VECTOR
@@ -73,7 +73,7 @@ def add_vectors(plan, vectors, boxes, blocks, IN_BF16: tl.constexpr, BLOCK: tl.c
         for k in tl.static_range(MOST_AXES):
             here = axis == (MOST_AXES - 1 - k)
             extent = tl.where(here, 1, tl.load(of + 4 + (MOST_AXES - 1 - k)))
-            begin, size = tl.load(box + 2 + (MOST_AXES - 1 - k)), tl.load(box + 2 + MOST_AXES + (MOST_AXES - 1 - k))
+            begin, size = tl.load(box + 3 + (MOST_AXES - 1 - k)), tl.load(box + 3 + MOST_AXES + (MOST_AXES - 1 - k))
             at = rest % extent
             rest = rest // extent
             inside = tl.where(here, inside, inside & (at >= begin) & (at < begin + size))
@@ -82,12 +82,13 @@ def add_vectors(plan, vectors, boxes, blocks, IN_BF16: tl.constexpr, BLOCK: tl.c
             length += tl.where(here, size, 0)
             stride *= size
         address = tl.load(plan.addresses + tl.load(box) * ADDRESSES + GRADIENT)
-        if IN_BF16:
-            gradient = address.to(tl.pointer_type(tl.bfloat16)) + tl.load(box + 1) + offset
-        else:
-            gradient = address.to(tl.pointer_type(tl.float32)) + tl.load(box + 1) + offset
+        half, inside = tl.load(box + 1) != 0, walk.only_if(address != 0, inside)
+        at = tl.load(box + 2) + offset
         for along in range(0, length):
-            g = tl.load(gradient + along * step, mask=walk.only_if(address != 0, inside), other=0.0).to(tl.float32)
+            if half:
+                g = walk.read(address.to(tl.pointer_type(tl.bfloat16)), at + along * step, inside)
+            else:
+                g = walk.read(address.to(tl.pointer_type(tl.float32)), at + along * step, inside)
             total += (g * g).to(tl.float64)
     there = i < count
     before = tl.load(plan.sums + dest + i, mask=there, other=0.0)

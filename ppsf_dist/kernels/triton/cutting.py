@@ -196,7 +196,8 @@ def vectors_of(
             starts.append(starts[-1] + box.numel)
         for _, number in of_shard:
             box = whole.boxes[number]
-            rows.append([shard, starts[number], *_padded(box.offset, 0), *_padded(box.size, 1)])
+            half = int(whole.weights().dtype == torch.bfloat16)
+            rows.append([shard, half, starts[number], *_padded(box.offset, 0), *_padded(box.size, 1)])
         placed = moments.placed[slots[shard]]
         assert placed is not None
         front = MOST_AXES - len(whole.shape)

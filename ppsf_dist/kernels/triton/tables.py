@@ -145,8 +145,8 @@ class Columns(NamedTuple):
 COLUMN_FIELDS = len(Columns._fields)
 VECTOR_FIELDS = 4 + MOST_AXES
 """Of a vector of a parameter that is no matrix: where its sums go, the axis, boxes from and to, the shape."""
-BOX_FIELDS = 2 + 2 * MOST_AXES
-"""Of a box of it: the shard, the place of its first element there, offset and size."""
+BOX_FIELDS = 3 + 2 * MOST_AXES
+"""Of a box of it: the shard, whether it is in bf16, the place of its first element there, offset and size."""
 
 
 class MomentsOnDevice(NamedTuple):
