@@ -2,9 +2,9 @@
 
 from ppsf_dist.batch_norm import recalibrate_batch_norm
 from ppsf_dist.bootstrap import ProcessInfo, init_process_group
+from ppsf_dist.captured import CapturedStep
 from ppsf_dist.clipping import clip_grad_norm_
 from ppsf_dist.consistency import check_replicas
-from ppsf_dist.engine.captured import CapturedStep
 from ppsf_dist.engine.reports import StepReport
 from ppsf_dist.evaluation import averaged
 from ppsf_dist.optimizers.adamw_schedulefree import AdamWScheduleFree, RAdamScheduleFree

@@ -45,7 +45,7 @@ class Engine(Planner):
         Raises:
             RuntimeError: a step or a swap could not be brought to its end.
         """
-        self._refuse_torn()
+        self.refuse_torn()
         super().settle()
         self._tell_observers()
 
@@ -65,7 +65,7 @@ class Engine(Planner):
 
     def run(self, closure: Callable[[], float] | None) -> float | None:
         """One call of ``step()``: a step, a part of one, or the end of the one that the backward pass has made."""
-        self._refuse_torn()
+        self.refuse_torn()
         layout = self.current_layout()
         if self.is_fused:
             loss = None if closure is None else closure()
@@ -90,7 +90,7 @@ class Engine(Planner):
             ValueError: the parameter belongs to no group.
             RuntimeError: it is sharded.
         """
-        self._refuse_torn()
+        self.refuse_torn()
         layout = self.current_layout()
         if layout.all_parts or param not in layout.param_ids:
             raise ValueError(f"the parameter of shape {tuple(param.shape)} is in none of the optimizer's param_groups")
@@ -112,7 +112,7 @@ class Engine(Planner):
 
         Their first sums are on their way when this returns; the next call, or the end of the step, does the rest.
         """
-        self._refuse_torn()
+        self.refuse_torn()
         self._end_begun()
         layout = self.current_layout()
         part = frozenset(layout.param_ids[param] for param in params)
@@ -276,7 +276,7 @@ class Engine(Planner):
 
     def switch(self, *, train: bool, keep: bool) -> None:
         """Swap training and averaged weights of all groups, and their modes with them: all of it or nothing."""
-        self._refuse_torn()
+        self.refuse_torn()
         groups = self._owner.param_groups
         changing = [group for group in groups if self._averages(group) and group["train_mode"] != train]
         if changing:
@@ -357,9 +357,9 @@ class Engine(Planner):
             except BaseException as again:  # noqa: BLE001 - a second ctrl-C is no reason to tear weights either
                 error = again
         self._torn = f"{name} was ended by {describe(error) if error else ''}"
-        self._refuse_torn()
+        self.refuse_torn()
 
-    def _refuse_torn(self) -> None:
+    def refuse_torn(self) -> None:
         if self._torn is not None:
             raise RuntimeError(
                 f"{self._torn} while it wrote, and could not be brought to its end: weights and state are partly those "

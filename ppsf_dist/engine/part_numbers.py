@@ -273,7 +273,8 @@ class PartNumbers:
     def contribution(self, stats: Tensor, verdict: Verdict) -> Contribution:
         """What this part adds to its step, and what belongs to its parameters after it.
 
-        Of a part that is not written it is never asked for, but for the cause and the gradient's norm.
+        Of a part that is not written only the cause and the gradient's norm count: what else its sums say may not be
+        finite, and makes no d, because the step is void then.
         """
         t, step = self._traits, self._step
         counted = moved = verdict.active & ~self._adopt_first if t.any_adopt else verdict.active

@@ -135,12 +135,14 @@ class Reductions:
     def finish(self) -> None:
         """Wait for those that have begun."""
         while self._pending:
+            first = self._pending[0]
             try:
-                if self._pending[0].has_started:
-                    self._pending[0].finish()
+                if first.has_started and not first.has_arrived:
+                    first.finish()
             finally:
-                if self.team.arrived or not self._pending[0].has_started:
-                    self._done += self._pending.pop(0).has_started
+                # Each knows for itself: a ctrl-C may come between two of them.
+                if first.has_arrived or not first.has_started:
+                    self._done += self._pending.pop(0).has_arrived
 
     def reduce(self) -> None:
         """The next all-reduce. Whether an exception in it came before or after the sums, :attr:`decided` knows."""

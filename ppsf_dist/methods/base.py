@@ -95,12 +95,12 @@ class GroupTable(Protocol):
 class StepNumbers(ABC):
     """The numbers of one step that belong to a group: what it starts with, and what its parts add up to.
 
-    A method's subclass sets :attr:`delta`, with Schedule-Free :attr:`c` and :attr:`q` too: vectors over groups in fp64.
+    A method's subclass sets :attr:`delta`, :attr:`c` and :attr:`q`: vectors over groups in fp64.
 
     Attributes:
         delta: length of the step.
-        c: share of z in the new average.
-        q: share of the step that y takes at once.
+        c: share of z in the new average; 0 where there is none.
+        q: share of the step that y takes at once; 1 where there is no average.
         adapts: whether the sums of a group still count (bool); None where all do.
         pauses: whether a group stands still, sums and moments included (bool); None where none does.
         moves: whether a group is written, as far as that is known before the sums are (bool); None where all are.
@@ -142,8 +142,8 @@ class StepNumbers(ABC):
         h, delta, one = self.hyper, self.delta, torch.ones_like(self.k)
         return {
             "delta": delta,
-            "c": getattr(self, "c", one),
-            "q": getattr(self, "q", one),
+            "c": self.c,
+            "q": self.q,
             "beta1": h["beta1"],
             "weight_decay": h["weight_decay"],
             "keep": 1 - h["weight_decay"] * delta,

@@ -56,6 +56,7 @@ class ProdigyNumbers(StepNumbers):
         self.pauses = h["lr"] == 0
         correction = second_moment.bias_correction(self.k[:1] + 1, h["beta1"][:1], h["beta2"][:1])
         self.delta = self._d * h["lr"].amax() * torch.where(h["use_bias_correction"] > 0, correction, 1.0)
+        self.c, self.q = torch.zeros_like(self._d), torch.ones_like(self._d)
         self._before = GlobalStepSize(*(numbers[name].clone() for name in GlobalStepSize._fields))
         self._now = self._before
 

@@ -22,12 +22,16 @@ class Pending:
         team: the ranks that sum.
         tensor: what is summed, in place.
         why: what it is, for the error's message.
+
+    Attributes:
+        has_arrived: whether the sums are there.
     """
 
     def __init__(self, team: Team, tensor: Tensor, why: str) -> None:
         self._team, self._tensor, self._why = team, tensor, why
         self._flat = tensor
         self._started: list[Any] = []
+        self.has_arrived = False
 
     @property
     def has_started(self) -> bool:
@@ -58,7 +62,9 @@ class Pending:
             raise self._team.failed(self._why, error) from error
         except BaseException:
             self._team.finish(self._started, self._flat, to)
+            self.has_arrived = True
             raise
+        self.has_arrived = True
 
 
 class Team:

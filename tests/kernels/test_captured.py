@@ -197,6 +197,10 @@ def test_what_cannot_be_captured_is_refused() -> None:
     p.grad = torch.ones_like(p)
     step()
     before = p.detach().clone()
+    optimizer._engine._torn = "step() was ended by a test"
+    with pytest.raises(RuntimeError, match="step.. was ended by a test"):
+        step()
+    optimizer._engine._torn = None
     with pytest.raises(RuntimeError, match="because only Triton's kernels .* set PPSF_KERNELS=native"):
         step()
     assert torch.equal(p, before)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch.optim import Optimizer
 
+from ppsf_dist.engine.engine import Engine
 from ppsf_dist.engine.plan import Plan
-
-if TYPE_CHECKING:
-    from ppsf_dist.engine.engine import Engine
-    from ppsf_dist.optimizers.base import DistributedOptimizer
+from ppsf_dist.optimizers.base import DistributedOptimizer
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +90,7 @@ class CapturedStep:
     def _settled_plan(self) -> Plan | None:
         """The plan of this step, bound to its tensors, if it is that of the one before; else an ordinary step comes."""
         engine = self._engine
+        engine.refuse_torn()
         averaged = not all(group.get("train_mode", True) for group in engine.groups)
         if self._steps_to_come or averaged or not engine.plans:
             return None
