@@ -52,7 +52,7 @@ class Run:
                 if received:
                     self._say_how_to_resume(row, received)
                 else:
-                    draw(self.folder)
+                    draw([self.folder], self.folder.picture)
                     self._summarise(row)
             # A launcher that sees one rank end by a signal kills the others: let rank 0 say its last words first.
             dist.barrier()

@@ -13,6 +13,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 from optimizers import ADAMW, COSINE, NAMES, SCHEDULES, WRAPPER, arguments_of, schedule_of
+from ppsf_dist import RECOMMENDED
 from ppsf_dist.bootstrap import ProcessInfo
 from strategies import DTYPES, STRATEGIES, ZERO_STAGES
 
@@ -76,10 +77,13 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     parser = _parser()
     values = vars(parser.parse_args(arguments))
     try:
-        values["opt"] = dict(_switch(text, values["optimizer"]) for text in values["opt"])
+        switches = dict(_switch(text, values["optimizer"]) for text in values["opt"])
     except argparse.ArgumentTypeError as error:
         parser.error(f"argument --opt: {error}")
-    settings = Settings(**values)
+    recommended = dict(RECOMMENDED) if values.pop("recommended") else {}
+    if recommended and values["optimizer"] != Settings.optimizer:
+        parser.error(f"--recommended is a setting of {Settings.optimizer}, not of --optimizer {values['optimizer']}")
+    settings = Settings(**values | {"opt": recommended | switches})
     _check_optimizer(parser, settings)
     if settings.dim % settings.heads:
         parser.error(f"--dim {settings.dim} does not divide into --heads {settings.heads} heads of the same width")
@@ -188,6 +192,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="an argument of the optimizer with a Python literal as its value, such as use_adopt=True; repeat it for "
         f"more. Those of {default.optimizer}: {', '.join(arguments_of(default.optimizer))}",
+    )
+    training.add_argument(
+        "--recommended",
+        action="store_true",
+        help=f"docs/quality.md: {', '.join(f'{k}={v}' for k, v in RECOMMENDED.items())}; --opt may say otherwise",
     )
     add(
         training,

@@ -14,7 +14,7 @@ from ppsf_dist.optimizers.closures import (
     SGDScheduleFreeClosure,
 )
 from ppsf_dist.optimizers.prodigy import Prodigy
-from ppsf_dist.optimizers.prodigy_plus import ProdigyPlusScheduleFree
+from ppsf_dist.optimizers.prodigy_plus import RECOMMENDED, ProdigyPlusScheduleFree
 from ppsf_dist.optimizers.sgd_schedulefree import SGDScheduleFree
 from ppsf_dist.optimizers.wrapper import ScheduleFreeWrapper
 
@@ -25,6 +25,7 @@ __all__ = [
     "ProcessInfo",
     "Prodigy",
     "ProdigyPlusScheduleFree",
+    "RECOMMENDED",
     "RAdamScheduleFree",
     "RAdamScheduleFreeClosure",
     "SGDScheduleFree",

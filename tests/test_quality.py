@@ -108,7 +108,8 @@ def test_what_is_there_is_not_run_again_and_a_grid_grows_until_its_best_is_insid
 def test_a_campaign_runs_in_processes_and_keeps_each_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Run] = []
     monkeypatch.setattr(campaigns, "train", one_loss)
-    Campaign(tmp_path).run([SMALL], [DEFAULT], seeds=2, jobs=2, told=lambda run, _: told.append(run))
+    campaign = Campaign(tmp_path)
+    campaign.run(lambda: list(campaign.wanted([SMALL], [DEFAULT], seeds=2)), jobs=2, told=told.append)
     assert sorted(run.seed for run in told) == list(SEEDS[:2])
     assert sorted(Campaign(tmp_path).records) == sorted(told)
 

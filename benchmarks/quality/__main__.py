@@ -18,6 +18,7 @@ from benchmarks.quality import pictures, tables
 from benchmarks.quality.campaign import SEEDS, Campaign
 from benchmarks.quality.rivals import RIVALS
 from benchmarks.quality.tables import Results
+from benchmarks.quality.training import Run
 from benchmarks.quality.workloads import WORKLOADS
 
 
@@ -38,6 +39,8 @@ def main() -> None:
         help=f"of each, from {SEEDS[0]} on (default: {len(SEEDS)})",
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: 1)")
+    parser.add_argument("--multiplied", action="store_true",
+                        help="also with the step size of the recommended setting halved and doubled")  # fmt: skip
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="of the runs (default: runs/quality)")
     parser.add_argument("--pictures", type=Path, help="folder for the pictures (default: none are drawn)")
     parser.add_argument("--show", action="store_true", help="run nothing: show what the folder has")
@@ -49,13 +52,18 @@ def main() -> None:
     if not arguments.show:
         with tqdm(unit="run", file=sys.stderr) as bar:
 
-            def told(name: str) -> None:
-                bar.set_postfix_str(name, refresh=False)
+            def wanted() -> list[Run]:
+                runs = list(
+                    campaign.wanted(arguments.workloads, arguments.rivals, arguments.seeds, arguments.multiplied)
+                )
+                bar.total = bar.n + len(runs)
+                return runs
+
+            def told(run: Run) -> None:
+                bar.set_postfix_str(run.name, refresh=False)
                 bar.update()
 
-            campaign.run(
-                arguments.workloads, arguments.rivals, arguments.seeds, arguments.jobs, lambda run, _: told(run.name)
-            )
+            campaign.run(wanted, arguments.jobs, told)
     results = Results(campaign, arguments.seeds)
     if not results.workloads():
         sys.exit(

@@ -62,34 +62,38 @@ class Campaign:
             grid = [grid[0] / 2, *grid] if best == 0 else [*grid, grid[-1] * 2]
         return grid
 
-    def wanted(self, workloads: Iterable[str], rivals: Iterable[str], seeds: int) -> Iterator[Run]:
-        """Runs that are not here yet. When they are, a grid may want more."""
-        for seed in SEEDS[:seeds]:
-            for workload in workloads:
-                for rival in rivals:
-                    one = RIVALS[rival]
-                    for lr in self.grid(workload, rival, seeds) if one.grid else one.multipliers:
-                        if (run := Run(workload, rival, lr, seed)) not in self.records:
-                            yield run
-
-    def run(
-        self, workloads: list[str], rivals: list[str], seeds: int, jobs: int, told: Callable[[Run, Record], None]
-    ) -> None:
-        """Runs everything that is wanted, a few at a time, each in one thread of a process that is used again.
+    def wanted(
+        self, workloads: Iterable[str], rivals: Iterable[str], seeds: int, multiplied: bool = False
+    ) -> Iterator[Run]:
+        """Runs that are not here yet. When they are, a grid may want more.
 
         Args:
             workloads, rivals: names.
             seeds: how many.
+            multiplied: also what rivals without a grid do with their step sizes multiplied.
+        """
+        for seed in SEEDS[:seeds]:
+            for workload in workloads:
+                for rival in rivals:
+                    one = RIVALS[rival]
+                    untuned = one.multipliers if multiplied else (1.0,)
+                    for lr in self.grid(workload, rival, seeds) if one.grid else untuned:
+                        if (run := Run(workload, rival, lr, seed)) not in self.records:
+                            yield run
+
+    def run(self, wanted: Callable[[], Iterable[Run]], jobs: int, told: Callable[[Run], None]) -> None:
+        """Runs everything that is wanted, a few at a time, each in one thread of a process that is used again.
+
+        Args:
+            wanted: says what is; it is asked again when all of that is done.
             jobs: trainings at the same time.
-            told: called with each record.
+            told: called with each run when its record is kept.
         """
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            while wanted := list(self.wanted(workloads, rivals, seeds)):
-                runs = {pool.submit(train, run): run for run in wanted}
+            while runs := {pool.submit(train, run): run for run in wanted()}:
                 for done in as_completed(runs):
-                    run = runs[done]
-                    self.keep(run, done.result())
-                    told(run, self.records[run])
+                    self.keep(runs[done], done.result())
+                    told(runs[done])
 
     def keep(self, run: Run, record: Record) -> None:
         """Write the record of a run, whole or not at all."""

@@ -164,15 +164,9 @@ def _plus(model: nn.Module, lr: float) -> Trainer:
 
 ADAMW, SCHEDULEFREE, DEFAULT, RECOMMENDED = "adamw", "schedulefree", "ours", "recommended"
 
-RECOMMENDED_SETTING: dict[str, Any] = {
-    "use_bias_correction": True,
-    "schedulefree_c": 20,
-    "reference_quirks": False,
-}
-
 OURS: Mapping[str, dict[str, Any]] = {
     DEFAULT: {},
-    RECOMMENDED: RECOMMENDED_SETTING,
+    RECOMMENDED: dict(ppsf_dist.RECOMMENDED),
     "ours-bias": {"use_bias_correction": True},
     "ours-c20": {"schedulefree_c": 20},
     "ours-no-quirks": {"reference_quirks": False},
@@ -199,7 +193,7 @@ RIVALS: Mapping[str, Rival] = {
     "prodigy": Rival("Prodigy, cosine", _prodigy, COSINE),
     "plus": Rival("ScheduleFree+", _plus),
     DEFAULT: Rival("ours, default", _ours()),
-    RECOMMENDED: Rival("ours, recommended", _ours(**RECOMMENDED_SETTING), multipliers=MULTIPLIERS),
+    RECOMMENDED: Rival("ours, recommended", _ours(**ppsf_dist.RECOMMENDED), multipliers=MULTIPLIERS),
     **{name: Rival(_title(arguments), _ours(**arguments)) for name, arguments in list(OURS.items())[2:-1]},
     "ours-no-average": Rival(
         "ours, `use_schedulefree=False`, cosine", _ours(**OURS["ours-no-average"]), COSINE

@@ -5,11 +5,16 @@ from __future__ import annotations
 import importlib
 import math
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from matplotlib.image import imread
 
+from ppsf_dist import RECOMMENDED
+from ppsf_dist.bootstrap import ProcessInfo
 from tests.launch.test_train import PLAIN, SAME_LOSS, TINY, TWO_RANKS, metrics
 
 pytestmark = pytest.mark.launch
@@ -20,6 +25,7 @@ NAMES = [
 ]  # fmt: skip
 KINDS = ["Prodigy", "SGDScheduleFreeClosure", "ScheduleFreeWrapper"]
 """One of each way in which a class meets the ranks; ProdigyPlusScheduleFree does so in test_train.py."""
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 EVERY = str(Path(__file__).with_name("every_optimizer.py"))
 FIND_D = {"ProdigyPlusScheduleFree", "Prodigy"}
 STEPS, EVAL_EVERY = 6, 4
@@ -101,6 +107,7 @@ REFUSED = {
     ("--optimizer", "AdamW", "--strategy", "deepspeed"): "--optimizer AdamW does not run under --strategy deepspeed",
     ("--optimizer", "AdamW", "--check-every", "2"): "--check-every compares what ppsf_dist's own optimizers keep",
     ("--optimizer", "AdamW", "--dry-run", "--world-size", "4"): "--dry-run knows the memory of ppsf_dist's own",
+    ("--optimizer", "Prodigy", "--recommended"): "--recommended is a setting of ProdigyPlusScheduleFree, not of",
     ("--steps", "4", "--warmup", "4"): "--warmup 4 leaves nothing of --steps 4",
 }
 
@@ -112,3 +119,39 @@ def test_what_does_not_go_together_is_refused_with_the_way_out(
         with pytest.raises(SystemExit) as error:
             options.parse(words)
         assert error.value.code == 2 and message in " ".join(capsys.readouterr().err.split()), words
+
+
+def test_the_recommended_setting_is_the_packages_and_opt_may_say_otherwise(options: Any) -> None:
+    assert options.parse(["--recommended"]).opt == dict(RECOMMENDED)
+    settings = options.parse(["--opt", "schedulefree_c=0", "--opt", "d_coef=2.0", "--recommended"])
+    assert settings.opt == dict(RECOMMENDED) | {"schedulefree_c": 0, "d_coef": 2.0}
+    assert "--recommended" not in options.resume_command(
+        settings, ProcessInfo(0, 0, 1, 1, torch.device("cpu"), "python")
+    )
+
+
+def test_a_picture_of_two_runs_has_the_curves_of_both(tmp_path: Path) -> None:
+    """As the demo draws it; a folder without a run is named, and nothing is drawn."""
+    for name in ("default", "recommended"):
+        once = [*TINY, "--steps", "4", "--eval-every", "2", "--output", str(tmp_path / name)]
+        subprocess.run(
+            [*PLAIN, str(LAUNCH / "train.py"), *once, *(["--recommended"] if name == "recommended" else [])], check=True
+        )
+    picture, folders = tmp_path / "both.png", [str(tmp_path / name) for name in ("default", "recommended")]
+    plot = [sys.executable, str(LAUNCH / "plot.py")]
+    subprocess.run([*plot, *folders, "--picture", str(picture)], check=True)
+    pixels = imread(picture)[:, :, :3]
+    for colour in ("#4c78a8", "#d1495b"):
+        ink = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        assert (abs(pixels - ink).max(axis=2) < 0.02).sum() > 200, colour
+    empty = subprocess.run(
+        [*plot, str(tmp_path / "nothing"), "--picture", str(tmp_path / "no.png")], capture_output=True, text=True
+    )
+    assert empty.returncode == 2 and f"{tmp_path / 'nothing'} holds no run" in empty.stderr
+    assert not (tmp_path / "no.png").exists()
+
+
+def test_the_demo_says_which_arguments_are_for_one_run() -> None:
+    """Before it installs or trains anything."""
+    done = subprocess.run(["bash", str(LAUNCH / "demo.sh"), "--resume"], capture_output=True, text=True)
+    assert done.returncode == 2 and "launch/train.py --resume" in done.stderr
