@@ -7,6 +7,7 @@ from ppsf_dist.clipping import clip_grad_norm_
 from ppsf_dist.consistency import check_replicas
 from ppsf_dist.engine.reports import StepReport
 from ppsf_dist.evaluation import averaged
+from ppsf_dist.monitor import Monitor
 from ppsf_dist.optimizers.adamw_schedulefree import AdamWScheduleFree, RAdamScheduleFree
 from ppsf_dist.optimizers.closures import (
     AdamWScheduleFreeClosure,
@@ -23,6 +24,7 @@ __all__ = [
     "AdamWScheduleFreeClosure",
     "CapturedStep",
     "ProcessInfo",
+    "Monitor",
     "Prodigy",
     "ProdigyPlusScheduleFree",
     "RECOMMENDED",

@@ -48,6 +48,8 @@ class DistributedOptimizer(Optimizer):
     """What the optimizer is."""
     starts_in_train_mode: ClassVar[bool] = True
     """Whether weights are the training weights between steps, until :meth:`eval` is called."""
+    was_evaluated: bool = False
+    """Whether :meth:`eval` has ever been called, as :func:`ppsf_dist.averaged` does."""
 
     def __init__(
         self, params: Params, defaults: Group, *, process_group: dist.ProcessGroup | None = None, seed: int = 0
@@ -148,6 +150,7 @@ class DistributedOptimizer(Optimizer):
                     f"only be recovered from y and z if {self.method.interpolation} > 0; use 0.9"
                 )
         self._engine.switch(train=False, keep=keep)
+        self.was_evaluated = True
 
     @uncompiled
     @torch.no_grad()
