@@ -223,3 +223,18 @@ def test_a_loss_below_zero_stops_polyaks_step() -> None:
     optimizer = ScheduleFreePlus(params)
     optimizer.step(loss=-1.0)
     assert optimizer.size == 0.0 and torch.equal(params[0].detach(), torch.tensor([1.0, -2.0]))
+
+
+@pytest.mark.thorough
+def test_the_recommended_setting_is_ahead_of_adamw_at_the_best_of_its_learning_rates(tmp_path: Path) -> None:
+    """One workload, three seeds, AdamW with a cosine over a fixed grid: the lead is above the spread of the seeds."""
+    workload, seeds = "bytes-small-short", SEEDS[:3]
+    grid = [WORKLOADS[workload].lr * factor for factor in (0.25, 0.5, 1.0, 2.0)]
+    runs = [Run(workload, ADAMW, lr, seed) for lr in grid for seed in seeds]
+    runs += [Run(workload, RECOMMENDED, 1.0, seed) for seed in seeds]
+    campaign = Campaign(tmp_path)
+    campaign.run(lambda: [run for run in runs if run not in campaign.records], jobs=2, told=lambda run: None)
+    results = Results(campaign, len(seeds))
+    best, ours = results.at(workload, ADAMW), results.at(workload, RECOMMENDED)
+    assert best is not None and ours is not None
+    assert ours.mean + max(ours.spread, best.spread) < best.mean

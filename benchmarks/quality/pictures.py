@@ -21,6 +21,8 @@ COLOURS = {ADAMW: "#444444", SCHEDULEFREE: "#d58a2b", DEFAULT: "#7fb2dd", RECOMM
            "prodigy": "#7a4fa3", "plus": "#b0413e"}  # fmt: skip
 HIGHEST_REGRET = 60.0
 """Percent. Above, a curve leaves the picture: what is worse than that is simply worse."""
+SMALLEST_SCALE = 5.0
+"""Percent. Less fills no picture."""
 
 
 def sensitivity(results: Results, path: Path) -> None:
@@ -39,8 +41,8 @@ def sensitivity(results: Results, path: Path) -> None:
                 axes.axhspan(min(values), max(values), color=COLOURS[rival], alpha=0.25, linewidth=0)
                 axes.axhline(statistics.fmean(values), color=COLOURS[rival], label=RIVALS[rival].title, linewidth=2)
         axes.set_xscale("log", base=2)
-        lowest = axes.get_ylim()[0]
-        axes.set_ylim(max(lowest, -HIGHEST_REGRET), HIGHEST_REGRET)
+        lowest, highest = axes.get_ylim()
+        axes.set_ylim(max(lowest, -HIGHEST_REGRET), min(max(highest, SMALLEST_SCALE), HIGHEST_REGRET))
 
     _panels(results, path, draw, "learning rate, times the best of each", "percent worse than the best tuned AdamW")
 

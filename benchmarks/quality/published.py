@@ -49,8 +49,8 @@ class NAdamW:
 class ScheduleFreePlus:
     """ScheduleFree+ (arXiv:2605.19095): AdamC inside Schedule-Free, its step a Polyak step from the loss.
 
-    Defaults are the paper's: no decay, no warm-up of the average, no annealing. The step is
-    ``max(0, f(y) + beta <g, z - x>) / (sqrt(pi / 2) ||g||_1)``.
+    Without decay and annealing. The step is ``max(0, f(y) + beta <g, z - x>) / (sqrt(pi / 2) ||g||_1)``, and x is z for
+    as long as it is warmed up.
 
     Args:
         params: to train.
@@ -75,21 +75,22 @@ class ScheduleFreePlus:
         self.z = [p.detach().clone() for p in self.params]
 
     @torch.no_grad()
-    def step(self, loss: float) -> None:
+    def step(self, loss: float, factor: float = 1.0) -> None:
         """One step with the gradients of the parameters.
 
         Args:
             loss: at which they were taken.
+            factor: of the step, below 1 in the warm-up.
         """
         self.k += 1
         gradients = [p.grad for p in self.params if p.grad is not None]
         norm = sum(float(g.abs().sum()) for g in gradients) * math.sqrt(math.pi / 2)
         ahead = sum(float((g * (z - x)).sum()) for g, z, x in zip(gradients, self.z, self.x, strict=True))
-        self.size = self.lr * max(0.0, loss + self.beta * ahead) / norm
+        self.size = self.lr * factor * max(0.0, loss + self.beta * ahead) / norm
         self.largest = max(self.largest, self.size)
-        weight = self.largest**2
+        weight = self.largest**2 if factor == 1.0 else 0.0
         self.weight_sum += weight
-        share = weight / self.weight_sum
+        share = weight / self.weight_sum if weight else 1.0
         for p, g, x, z, m, v in zip(self.params, gradients, self.x, self.z, self.m, self.v, strict=True):
             self._move(p, g, x, z, m, v, share)
 

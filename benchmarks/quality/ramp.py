@@ -1,14 +1,16 @@
 """The first steps of a training under the microscope: ``python -m benchmarks.quality.ramp``.
 
-Trains a workload with the default and with the recommended setting and draws, over the steps: d and the step that it is
-found by (the estimate of d before it is compared with d), and how far z moves, as a multiple of d.
+Trains with the default and with the recommended setting and shows how far z moves in a step, as a multiple of d, while
+d grows and afterwards; and draws d, the estimate that it is compared with, this movement, and the loss over the steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,32 +93,46 @@ def draw(runs: dict[str, list[Step]], title: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def table(workloads: Sequence[str], seed: int, steps: int) -> str:
+    """For each workload how far z moves while d grows, and afterwards: root mean square, times d."""
+    lines = [
+        "| workload | d, default | recommended | while d grows, default | recommended | afterwards, default "
+        "| recommended |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for workload in workloads:
+        runs = [watch(workload, rival, seed, steps) for rival in COLOURS]
+        d = [f"{run[-1].d:.1e}" for run in runs]
+        grows, after = zip(*(_before_and_after(run) for run in runs), strict=True)
+        lines.append(f"| `{workload}` | " + " | ".join([*d, *(f"{x:.2f}" for x in (*grows, *after))]) + " |")
+    return "\n".join(lines)
+
+
+def _before_and_after(run: list[Step]) -> tuple[float, float]:
+    settled = next(i for i, step in enumerate(run) if step.d == run[-1].d)
+    parts = run[: settled + 1], run[settled + 1 :]
+    grows, after = (statistics.fmean(step.moved for step in part) if part else math.nan for part in parts)
+    return grows, after
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality.ramp",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workload", default="bytes-small-short", choices=list(WORKLOADS), metavar="NAME")
+    parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS), metavar="NAME",
+                        help="of the table; the picture is of the first (default: all)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--picture", type=Path, default=Path("runs/quality/ramp.png"))
+    parser.add_argument("--picture", type=Path, help="file to draw")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    runs = {rival: watch(arguments.workload, rival, arguments.seed, arguments.steps) for rival in COLOURS}
-    print(
-        "| | d at the end | largest movement of z, times d | its mean over steps 1 to 50 | 51 to 100 | the last 100 |"
-    )
-    print("|---|---|---|---|---|---|")
-    for rival, steps in runs.items():
-        moved = [step.moved for step in steps]
-        means = (sum(part) / max(1, len(part)) for part in (moved[:50], moved[50:100], moved[-100:]))
-        print(
-            f"| {RIVALS[rival].title} | {steps[-1].d:.2e} | {max(moved):.2f} | "
-            + " | ".join(f"{m:.2f}" for m in means)
-            + " |"
-        )
-    draw(runs, f"The first {arguments.steps} steps of {arguments.workload}", arguments.picture)
+    print(table(arguments.workloads, arguments.seed, arguments.steps))
+    if arguments.picture:
+        first = arguments.workloads[0]
+        runs = {rival: watch(first, rival, arguments.seed, arguments.steps) for rival in COLOURS}
+        draw(runs, f"The first {arguments.steps} steps of {first}", arguments.picture)
 
 
 if __name__ == "__main__":

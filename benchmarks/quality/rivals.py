@@ -16,7 +16,7 @@ import ppsf_dist
 from benchmarks.quality.published import NAdamW, ScheduleFreePlus
 
 WARM_UP = 0.05
-"""Part of the steps in which the learning rate of AdamW and Schedule-Free AdamW rises."""
+"""Part of the steps in which the learning rate of AdamW, Schedule-Free AdamW and ScheduleFree+ rises."""
 BETAS = (0.9, 0.99)
 # What won on AlgoPerf's workloads together, and what its self-tuning baseline takes; the decay included.
 NADAMW = {"betas": (0.93266073836, 0.9955159689799007), "weight_decay": 0.08121616522670176}
@@ -119,7 +119,7 @@ class _Plus:
     optimizer: ScheduleFreePlus
 
     def step(self, loss: Tensor, factor: float) -> None:
-        self.optimizer.step(float(loss))
+        self.optimizer.step(float(loss), factor)
 
     def averaged(self) -> AbstractContextManager[object]:
         return self.optimizer.averaged()
@@ -191,7 +191,7 @@ RIVALS: Mapping[str, Rival] = {
     SCHEDULEFREE: Rival("Schedule-Free AdamW, warm-up", _schedulefree, CONSTANT, WARM_UP, grid=True, higher=2.0),
     "nadamw": Rival("NAdamW, fixed, cosine, warm-up", _nadamw, COSINE, NADAMW_WARM_UP),
     "prodigy": Rival("Prodigy, cosine", _prodigy, COSINE),
-    "plus": Rival("ScheduleFree+", _plus),
+    "plus": Rival("ScheduleFree+, warm-up", _plus, CONSTANT, WARM_UP),
     DEFAULT: Rival("ours, default", _ours()),
     RECOMMENDED: Rival("ours, recommended", _ours(**ppsf_dist.RECOMMENDED), multipliers=MULTIPLIERS),
     **{name: Rival(_title(arguments), _ours(**arguments)) for name, arguments in list(OURS.items())[2:-1]},

@@ -1,0 +1,1 @@
+"""What trainers need beside the optimizer, one module for each. Nobody else here imports them."""
