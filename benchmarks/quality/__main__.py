@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.quality import pictures, tables
 from benchmarks.quality.campaign import SEEDS, Campaign
-from benchmarks.quality.rivals import RIVALS
+from benchmarks.quality.rivals import MAIN, RIVALS, VARIANTS
 from benchmarks.quality.tables import Results
 from benchmarks.quality.training import Run
 from benchmarks.quality.workloads import WORKLOADS
@@ -70,8 +70,10 @@ def main() -> None:
             f"{arguments.folder} has no workload with AdamW's whole grid over {arguments.seeds} seeds: run it first"
         )
     for title, table in (
-        ("Regret", tables.regrets(results)),
-        ("Losses", tables.losses(results)),
+        ("Regret", tables.regrets(results, MAIN)),
+        ("Losses", tables.losses(results, MAIN)),
+        ("Variants of ours", tables.regrets(results, VARIANTS)),
+        ("Multiplied", tables.multiplied(results)),
         ("Targets", tables.targets(results)),
         ("Grids", tables.grids(results)),
     ):

@@ -12,15 +12,14 @@ from typing import Any
 
 from benchmarks.quality.rivals import RIVALS
 from benchmarks.quality.training import Run, train
-from benchmarks.quality.workloads import WORKLOADS
+from benchmarks.quality.workloads import FIRST_SEED, WORKLOADS
 
 Record = dict[str, Any]
 
-FIRST_GRID = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Times the workload's middle. A grid grows by a factor of two until its best has a neighbour on each side."""
+FIRST_GRID = (0.5, 1.0, 2.0)
+"""Times the learning rate of the workload. A grid grows by twos until its best has a neighbour on each side."""
 LARGEST_GRID = 14
-SEEDS = range(10, 15)
-"""Those below were for choosing the recommended setting."""
+SEEDS = range(FIRST_SEED, FIRST_SEED + 5)
 
 
 class Campaign:
@@ -49,8 +48,7 @@ class Campaign:
 
     def grid(self, workload: str, rival: str, seeds: int) -> list[float]:
         """The learning rates of a rival that has to be tuned, with those that are wanted next."""
-        middle = WORKLOADS[workload].lr * RIVALS[rival].higher
-        grid = [middle * factor for factor in FIRST_GRID]
+        grid = [WORKLOADS[workload].lr * factor for factor in FIRST_GRID]
         while len(grid) < LARGEST_GRID:
             found = [self.losses(workload, rival, lr, seeds) for lr in grid]
             if not all(found):

@@ -48,7 +48,6 @@ class Rival:
         schedule: of the factor of the learning rate.
         warm_up: part of the steps in which the factor rises.
         grid: whether the learning rate has to be found; else it is 1, and what is found is multiplied by it.
-        higher: how much higher than AdamW's the middle of its grid lies.
         multipliers: of a rival without a grid.
     """
 
@@ -57,7 +56,6 @@ class Rival:
     schedule: str = CONSTANT
     warm_up: float = 0.0
     grid: bool = False
-    higher: float = 1.0
     multipliers: tuple[float, ...] = (1.0,)
 
     def factor(self, step: int, steps: int) -> float:
@@ -77,6 +75,7 @@ class _Torch:
     model: nn.Module
     optimizer: Any
     averages: bool
+    clip: float = 0.0
     lr: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,6 +87,8 @@ class _Torch:
         if factor != 1.0 or self.optimizer.param_groups[0]["lr"] != self.lr[0]:
             for group, lr in zip(self.optimizer.param_groups, self.lr, strict=True):
                 group["lr"] = lr * factor
+        if self.clip:
+            nn.utils.clip_grad_norm_(_trained(self.model), self.clip)
         self.optimizer.step()
 
     def averaged(self) -> AbstractContextManager[object]:
@@ -132,18 +133,22 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def _ours(**arguments: Any) -> Callable[[nn.Module, float], Trainer]:
+def _ours(clip: float = 0.0, **arguments: Any) -> Callable[[nn.Module, float], Trainer]:
     """Ours; what multiplies the step size that it finds is its learning rate, which d does not see."""
 
     def make(model: nn.Module, lr: float) -> Trainer:
         optimizer = ppsf_dist.ProdigyPlusScheduleFree(_trained(model), lr=lr, **arguments)
-        return _Torch(model, optimizer, averages=arguments.get("use_schedulefree", True))
+        return _Torch(model, optimizer, averages=arguments.get("use_schedulefree", True), clip=clip)
 
     return make
 
 
 def _adamw(model: nn.Module, lr: float) -> Trainer:
     return _Torch(model, torch.optim.AdamW(_trained(model), lr=lr, betas=BETAS, weight_decay=0.0), averages=False)
+
+
+def _fixed(lr: float) -> Callable[[nn.Module, float], Trainer]:
+    return lambda model, multiplier: _adamw(model, lr * multiplier)
 
 
 def _schedulefree(model: nn.Module, lr: float) -> Trainer:
@@ -168,15 +173,15 @@ OURS: Mapping[str, dict[str, Any]] = {
     DEFAULT: {},
     RECOMMENDED: dict(ppsf_dist.RECOMMENDED),
     "ours-bias": {"use_bias_correction": True},
-    "ours-c20": {"schedulefree_c": 20},
+    "ours-c50": {"schedulefree_c": 50},
     "ours-no-quirks": {"reference_quirks": False},
     "ours-bias-no-quirks": {"use_bias_correction": True, "reference_quirks": False},
     "ours-beta95": {"betas": (0.95, 0.99)},
     "ours-d_coef2": {"d_coef": 2.0},
     "ours-speed": {"use_speed": True},
-    "ours-no-average": {"use_schedulefree": False},
 }
-"""The arguments of each of ours; the last one is given a cosine."""
+"""The arguments of each of ours that needs nothing else."""
+_NAMED = (DEFAULT, RECOMMENDED)
 
 MULTIPLIERS = (0.5, 1.0, 2.0)
 """Of the step size that the recommended setting finds: whether another one would have been better."""
@@ -188,16 +193,22 @@ def _title(arguments: Mapping[str, Any]) -> str:
 
 RIVALS: Mapping[str, Rival] = {
     ADAMW: Rival("AdamW, cosine, warm-up", _adamw, COSINE, WARM_UP, grid=True),
-    SCHEDULEFREE: Rival("Schedule-Free AdamW, warm-up", _schedulefree, CONSTANT, WARM_UP, grid=True, higher=2.0),
+    SCHEDULEFREE: Rival("Schedule-Free AdamW, warm-up", _schedulefree, CONSTANT, WARM_UP, grid=True),
+    "adamw-1e-3": Rival("AdamW, lr 0.001 everywhere", _fixed(1e-3), COSINE, WARM_UP),
+    "adamw-8e-3": Rival("AdamW, lr 0.008 everywhere", _fixed(8e-3), COSINE, WARM_UP),
     "nadamw": Rival("NAdamW, fixed, cosine, warm-up", _nadamw, COSINE, NADAMW_WARM_UP),
     "prodigy": Rival("Prodigy, cosine", _prodigy, COSINE),
     "plus": Rival("ScheduleFree+, warm-up", _plus, CONSTANT, WARM_UP),
     DEFAULT: Rival("ours, default", _ours()),
     RECOMMENDED: Rival("ours, recommended", _ours(**ppsf_dist.RECOMMENDED), multipliers=MULTIPLIERS),
-    **{name: Rival(_title(arguments), _ours(**arguments)) for name, arguments in list(OURS.items())[2:-1]},
+    **{name: Rival(_title(arguments), _ours(**arguments)) for name, arguments in OURS.items() if name not in _NAMED},
     "ours-no-average": Rival(
-        "ours, `use_schedulefree=False`, cosine", _ours(**OURS["ours-no-average"]), COSINE
+        "ours, `use_schedulefree=False`, cosine", _ours(use_schedulefree=False), COSINE
     ),
+    "recommended-clip": Rival("recommended, gradients clipped to 1", _ours(clip=1.0, **ppsf_dist.RECOMMENDED)),
+    "recommended-warm-up": Rival("recommended, warm-up", _ours(**ppsf_dist.RECOMMENDED), CONSTANT, WARM_UP),
+    "recommended-cosine": Rival("recommended, cosine", _ours(**ppsf_dist.RECOMMENDED), COSINE),
 }  # fmt: skip
-NEED_NO_RATE = ("nadamw", "prodigy", "plus", DEFAULT, RECOMMENDED)
-"""The rivals without a grid that are compared on every workload; all others are variants of ours."""
+MAIN = (ADAMW, SCHEDULEFREE, "adamw-1e-3", "adamw-8e-3", "nadamw", "prodigy", "plus", DEFAULT, RECOMMENDED)
+"""What is compared on every workload; all others are variants of ours."""
+VARIANTS = (DEFAULT, RECOMMENDED, *(name for name in RIVALS if name not in MAIN))

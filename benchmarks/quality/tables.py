@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.quality.campaign import SEEDS, Campaign
-from benchmarks.quality.rivals import ADAMW, RIVALS
+from benchmarks.quality.rivals import ADAMW, MAIN, MULTIPLIERS, RECOMMENDED, RIVALS
 from benchmarks.quality.training import Run
 from benchmarks.quality.workloads import WORKLOADS
 
@@ -88,48 +88,47 @@ class Results:
         beside = [lr for lr in ordered[max(0, place - 1) : place + 2] if lr != best]
         return Sample(tuple(value for lr in beside for value in curve[lr].values))
 
-    def everywhere(self, rival: str) -> tuple[float, dict[str, Sample]] | None:
-        """The one learning rate, of those tried on every workload, whose mean regret over them is least."""
-        names = self.workloads()
-        curves = {name: self.curve(name, rival) for name in names}
-        shared = set.intersection(*(set(curve) for curve in curves.values())) if curves else set()
-        regrets = {lr: {name: self.regret(name, curves[name][lr]) for name in names} for lr in sorted(shared)}
-        if not regrets:
-            return None
-        lr = min(regrets, key=lambda lr: statistics.fmean(sample.mean for sample in regrets[lr].values()))
-        return lr, regrets[lr]
 
-
-def losses(results: Results) -> str:
+def losses(results: Results, rivals: Sequence[str]) -> str:
     """The loss of each rival on each workload, one line for each workload."""
-    rivals = results.rivals()
-    lines = [_row(["workload", *(RIVALS[rival].title for rival in rivals)]), _row(["---"] * (len(rivals) + 1))]
+    shown = [rival for rival in rivals if rival in results.rivals()]
+    lines = [_row(["workload", *(RIVALS[rival].title for rival in shown)]), _row(["---"] * (len(shown) + 1))]
     for name in results.workloads():
-        lines.append(_row([f"`{name}`", *(str(results.at(name, rival) or "") for rival in rivals)]))
+        lines.append(_row([f"`{name}`", *(str(results.at(name, rival) or "") for rival in shown)]))
     return "\n".join(lines)
 
 
-def regrets(results: Results) -> str:
-    """How much worse than the best tuned AdamW each is, in percent, one line for each rival, the best mean first."""
+def regrets(results: Results, rivals: Sequence[str]) -> str:
+    """How much worse than the best tuned AdamW each is, in percent, one line for each rival, the best mean first.
+
+    Only the workloads that all of these rivals have been run on.
+    """
     rows: list[tuple[str, dict[str, Sample]]] = []
-    for rival in results.rivals():
+    shown = [rival for rival in rivals if rival in results.rivals()]
+    names = [name for name in results.workloads() if all(results.at(name, rival) for rival in shown)]
+    for rival in shown:
         title = RIVALS[rival].title
         if not RIVALS[rival].grid:
-            rows.append((title, _regrets(results, rival, results.at)))
+            rows.append((title, _regrets(results, names, rival, results.at)))
             continue
-        rows.append((f"{title}, tuned for each", _regrets(results, rival, results.at)))
-        rows.append((f"{title}, one grid step off", _regrets(results, rival, results.off_by_one)))
-        if found := results.everywhere(rival):
-            rows.append((f"{title}, lr {found[0]:g} everywhere", found[1]))
-    names = results.workloads()
-    complete = [(title, row, _mean(row.values())) for title, row in rows if set(row) == set(names)]
-    complete.sort(key=lambda row: row[2])
+        rows.append((f"{title}, tuned for each", _regrets(results, names, rival, results.at)))
+        rows.append((f"{title}, one grid step off", _regrets(results, names, rival, results.off_by_one)))
+    rows.sort(key=lambda row: _mean(row[1].values()))
     lines = [_row(["", "mean", "worst", *(f"`{name}`" for name in names)]), _row(["---"] * (len(names) + 3))]
-    for title, row, mean in complete:
-        worst = max(sample.mean for sample in row.values())
-        lines.append(
-            _row([title, _percent(mean), _percent(worst), *(_percent(row[n].mean, row[n].spread) for n in names)])
-        )
+    for title, row in rows:
+        summary = _percent(_mean(row.values())), _percent(max(sample.mean for sample in row.values()))
+        lines.append(_row([title, *summary, *(_percent(row[name].mean, row[name].spread) for name in names)]))
+    return "\n".join(lines)
+
+
+def multiplied(results: Results) -> str:
+    """What becomes of the recommended setting where the step size that it finds is halved and doubled, in percent."""
+    names = [name for name in results.workloads() if len(results.curve(name, RECOMMENDED)) == len(MULTIPLIERS)]
+    lines = [_row(["d times", "mean", *(f"`{name}`" for name in names)]), _row(["---"] * (len(names) + 2))]
+    for multiplier in MULTIPLIERS if names else ():
+        row = [results.regret(name, results.curve(name, RECOMMENDED)[multiplier]) for name in names]
+        cells = [_percent(sample.mean, sample.spread) for sample in row]
+        lines.append(_row([f"{multiplier:g}", _percent(_mean(row)), *cells]))
     return "\n".join(lines)
 
 
@@ -142,7 +141,7 @@ def targets(results: Results) -> str:
             continue
         lines += [_row([f"`{name}`", f"steps to {workload.target:.0%}, of {workload.steps}", "seeds that got there"])]
         lines += [_row(["---"] * 3)]
-        for rival in results.rivals():
+        for rival in (rival for rival in MAIN if results.curve(name, rival)):
             lr = results.best_lr(name, rival) if RIVALS[rival].grid else 1.0
             runs = [results.campaign.records.get(Run(name, rival, lr, seed)) for seed in SEEDS[: results.seeds]]
             steps = [_first(record, workload.target) for record in runs if record]
@@ -169,9 +168,10 @@ def grids(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _regrets(results: Results, rival: str, of: object) -> dict[str, Sample]:
-    assert callable(of)
-    found = {name: of(name, rival) for name in results.workloads()}
+def _regrets(
+    results: Results, names: Sequence[str], rival: str, of: Callable[[str, str], Sample | None]
+) -> dict[str, Sample]:
+    found = {name: of(name, rival) for name in names}
     return {name: results.regret(name, sample) for name, sample in found.items() if sample}
 
 

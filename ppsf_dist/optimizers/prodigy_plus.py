@@ -17,7 +17,7 @@ from ppsf_dist.methods.prodigy_plus import PRODIGY_PLUS
 from ppsf_dist.optimizers.base import AdaptiveOptimizer, Params
 
 RECOMMENDED: Mapping[str, Any] = MappingProxyType(
-    {"use_bias_correction": True, "schedulefree_c": 20, "reference_quirks": False}
+    {"use_bias_correction": True, "schedulefree_c": 50, "reference_quirks": False}
 )
 """The setting that docs/quality.md recommends: ``ProdigyPlusScheduleFree(model.parameters(), **RECOMMENDED)``.
 
