@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from ppsf_dist.refusals import refuse_process_group
 from ppsf_dist.sharding import Team, find_shards, find_team, from_every_rank, together
 
 _END = object()
+_recalibrated: WeakSet[nn.Module] = WeakSet()
 
 
 @torch.no_grad()
@@ -76,7 +78,14 @@ def recalibrate_batch_norm(
         else:
             count = together(team, lambda: _alone(batches, call))
         _combine(team, layers, synchronized, count)
+    _recalibrated.update(layers)
     return len(layers)
+
+
+def not_recalibrated(model: nn.Module) -> list[str]:
+    """The names of the BatchNorm layers whose running statistics :func:`recalibrate_batch_norm` has never taken."""
+    found = ((name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None)
+    return [name for name, module in found if module not in _recalibrated]
 
 
 def _call(module: nn.Module, batch: Any) -> object:

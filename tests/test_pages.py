@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 PAGES = Path(__file__).parents[1] / "docs"
-WITH_EXAMPLES = [*sorted((PAGES / "coming-from").glob("*.md")), PAGES / "moving.md"]
+WITH_EXAMPLES = [*sorted((PAGES / "coming-from").glob("*.md")), PAGES / "moving.md", PAGES / "monitor.md"]
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -30,9 +30,12 @@ def a_readers_own() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.stem)
-def test_the_examples_of_a_page_run_one_after_the_other(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_a_page_run_one_after_the_other(
+    page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Each with a new model, and with what the examples before it have imported and made; none of them warns."""
     matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("builtins.print", lambda *_: None)
     found = examples(page)
     assert found
@@ -47,7 +50,7 @@ def test_the_examples_of_a_page_run_one_after_the_other(page: Path, monkeypatch:
 def test_every_document_that_the_package_implements_has_a_page() -> None:
     """Of the documents the package follows: two versions of one package, its two sources, and an interface."""
     expected = {"prodigy-plus-schedule-free", "first-version", "prodigyopt", "schedulefree", "nexus"}
-    assert {page.stem for page in WITH_EXAMPLES} == expected | {"moving"}
+    assert {page.stem for page in WITH_EXAMPLES} == expected | {"moving", "monitor"}
 
 
 @pytest.mark.parametrize("page", sorted(PAGES.rglob("*.md")), ids=lambda page: page.stem)

@@ -21,6 +21,7 @@ from benchmarks.quality.training import Run, train
 from benchmarks.quality.workloads import WORKLOADS
 
 SMALL = "digits-mlp"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_the_pretraining_text_has_none_of_the_help_texts() -> None:
 
 
 def test_what_is_there_is_not_run_again_and_a_grid_grows_until_its_best_is_inside(tmp_path: Path) -> None:
-    """Losses fall with the learning rate up to 8 times the middle: two more are wanted after the first grid."""
+    """Losses fall with the learning rate up to 8 times the middle: three more are wanted after the first grid."""
     best = 8 * WORKLOADS[SMALL].lr
     calls: list[Run] = []
 
@@ -100,7 +101,7 @@ def test_what_is_there_is_not_run_again_and_a_grid_grows_until_its_best_is_insid
     while wanted := list(campaign.wanted([SMALL], [ADAMW], seeds=2)):
         for run in wanted:
             campaign.keep(run, trained(run))
-    assert len(calls) == len(set(calls)) == 2 * len(campaigns.FIRST_GRID) + 2 * 2
+    assert len(calls) == len(set(calls)) == 2 * len(campaigns.FIRST_GRID) + 2 * 3
     assert Results(campaign, 2).best_lr(SMALL, ADAMW) == best
     assert not list(Campaign(tmp_path).wanted([SMALL], [ADAMW], seeds=2))
 
@@ -158,6 +159,26 @@ def test_pictures_are_drawn_of_what_is_there(tmp_path: Path) -> None:
     for draw in (pictures.sensitivity, pictures.losses, pictures.sizes):
         draw(results, tmp_path / f"{draw.__name__}.png")
         assert (tmp_path / f"{draw.__name__}.png").stat().st_size > 10_000
+
+
+def test_tables_go_to_their_places_in_a_page_and_records_into_one_file(tmp_path: Path) -> None:
+    """A page is the same when its tables are put in again; what is shown from the file is what the folder shows."""
+    results = two_seeds(tmp_path / "runs")
+    made = tables.everything(results)
+    page = tables.put("# Page\n<!-- table: regret -->\n<!-- end -->\nafter\n", made)
+    assert made["regret"] in page and page.endswith("<!-- end -->\nafter\n") and tables.put(page, made) == page
+    with pytest.raises(ValueError, match="the page names the tables"):
+        tables.put("<!-- table: other -->\n<!-- end -->", made)
+    results.campaign.gather(tmp_path / "all.jsonl")
+    assert tables.everything(Results(Campaign(tmp_path / "all.jsonl"), seeds=2)) == made
+
+
+def test_the_tables_of_the_page_are_those_of_its_records() -> None:
+    """No figure by hand."""
+    page = (ROOT / "docs" / "quality.md").read_text()
+    results = Results(Campaign(ROOT / "docs" / "quality" / "runs.jsonl"), len(SEEDS))
+    assert len(results.workloads()) >= 7
+    assert tables.put(page, tables.everything(results)) == page
 
 
 def test_a_sample_that_diverged_says_so() -> None:

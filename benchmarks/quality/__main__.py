@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.quality import pictures, tables
 from benchmarks.quality.campaign import SEEDS, Campaign
-from benchmarks.quality.rivals import MAIN, RIVALS, VARIANTS
+from benchmarks.quality.rivals import RIVALS
 from benchmarks.quality.tables import Results
 from benchmarks.quality.training import Run
 from benchmarks.quality.workloads import WORKLOADS
@@ -41,14 +41,23 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: 1)")
     parser.add_argument("--multiplied", action="store_true",
                         help="also with the step size of the recommended setting halved and doubled")  # fmt: skip
-    parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="of the runs (default: runs/quality)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/quality"),
+        help="of the runs, or with --show a file of --records (default: runs/quality)",
+    )
     parser.add_argument("--pictures", type=Path, help="folder for the pictures (default: none are drawn)")
+    parser.add_argument("--page", type=Path, help="Markdown page to put the tables into, where it names them")
+    parser.add_argument("--records", type=Path, help="file to gather all records in")
     parser.add_argument("--show", action="store_true", help="run nothing: show what the folder has")
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         parser.error(f"--jobs {arguments.jobs}: must be at least 1")
     warnings.simplefilter("ignore")
     campaign = Campaign(arguments.folder)
+    if arguments.folder.is_file() and not arguments.show:
+        parser.error(f"--folder {arguments.folder} is a file of records, which can only be shown: add --show")
     if not arguments.show:
         with tqdm(unit="run", file=sys.stderr) as bar:
 
@@ -69,15 +78,13 @@ def main() -> None:
         sys.exit(
             f"{arguments.folder} has no workload with AdamW's whole grid over {arguments.seeds} seeds: run it first"
         )
-    for title, table in (
-        ("Regret", tables.regrets(results, MAIN)),
-        ("Losses", tables.losses(results, MAIN)),
-        ("Variants of ours", tables.regrets(results, VARIANTS)),
-        ("Multiplied", tables.multiplied(results)),
-        ("Targets", tables.targets(results)),
-        ("Grids", tables.grids(results)),
-    ):
+    made = tables.everything(results)
+    for title, table in made.items():
         print(f"\n{title}\n\n{table}")
+    if arguments.records:
+        campaign.gather(arguments.records)
+    if arguments.page:
+        arguments.page.write_text(tables.put(arguments.page.read_text(), made))
     if arguments.pictures:
         pictures.sensitivity(results, arguments.pictures / "sensitivity.png")
         pictures.losses(results, arguments.pictures / "losses.png")

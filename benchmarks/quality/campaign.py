@@ -26,14 +26,14 @@ class Campaign:
     """The records of a folder.
 
     Args:
-        folder: that holds them.
+        folder: that holds them, or a file that :meth:`gather` has written, from which nothing can be run.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.records: dict[Run, Record] = {}
-        for path in sorted(folder.glob("*/*.json")):
-            record = json.loads(path.read_text())
+        texts = folder.read_text().splitlines() if folder.is_file() else _texts(folder)
+        for record in map(json.loads, texts):
             self.records[Run(record["workload"], record["rival"], record["lr"], record["seed"])] = record
 
     def loss(self, run: Run) -> float:
@@ -93,6 +93,12 @@ class Campaign:
                     self.keep(runs[done], done.result())
                     told(runs[done])
 
+    def gather(self, file: Path) -> None:
+        """Write all records into one file, a line for each, without what only this machine says."""
+        kept = ({k: v for k, v in self.records[run].items() if k != "seconds"} for run in sorted(self.records))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
     def keep(self, run: Run, record: Record) -> None:
         """Write the record of a run, whole or not at all."""
         path = self.folder / f"{run.name}.json"
@@ -101,3 +107,7 @@ class Campaign:
         unfinished.write_text(json.dumps(record) + "\n")
         unfinished.rename(path)
         self.records[run] = record
+
+
+def _texts(folder: Path) -> Iterator[str]:
+    return (path.read_text() for path in sorted(folder.glob("*/*.json")))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.quality.campaign import SEEDS, Campaign
-from benchmarks.quality.rivals import ADAMW, MAIN, MULTIPLIERS, RECOMMENDED, RIVALS
+from benchmarks.quality.rivals import ADAMW, MAIN, MULTIPLIERS, RECOMMENDED, RIVALS, VARIANTS
 from benchmarks.quality.training import Run
 from benchmarks.quality.workloads import WORKLOADS
+
+_PLACE = re.compile(r"<!-- table: (\w+) -->\n(?:.*?\n)?<!-- end -->", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,30 @@ class Results:
         place = ordered.index(best)
         beside = [lr for lr in ordered[max(0, place - 1) : place + 2] if lr != best]
         return Sample(tuple(value for lr in beside for value in curve[lr].values))
+
+
+def everything(results: Results) -> dict[str, str]:
+    """All tables by the names that a page has for them."""
+    return {
+        "regret": regrets(results, MAIN),
+        "losses": losses(results, MAIN),
+        "variants": regrets(results, VARIANTS),
+        "multiplied": multiplied(results),
+        "targets": targets(results),
+        "grids": grids(results),
+    }
+
+
+def put(page: str, made: Mapping[str, str]) -> str:
+    """The page with each table between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+
+    Raises:
+        ValueError: the page names no table, or one that there is not.
+    """
+    names = _PLACE.findall(page)
+    if not names or not set(names) <= set(made):
+        raise ValueError(f"the page names the tables {names}: allowed are {', '.join(made)}, at least one")
+    return _PLACE.sub(lambda match: f"<!-- table: {match[1]} -->\n{made[match[1]]}\n<!-- end -->", page)
 
 
 def losses(results: Results, rivals: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ppsf_dist.batch_norm import not_recalibrated
 from ppsf_dist.engine.reports import StepReport
 
 STEPS_AT_D0 = 100
@@ -68,23 +69,13 @@ class Advice:
                 "eval() was never called: what was evaluated or saved is the training weights y, not their average x, "
                 "which Schedule-Free is there for; evaluate and save inside ppsf_dist.averaged(optimizer, model)",
             )
-        norm = self._batch_norm()
-        if self._averages and norm is not None:
+        norms = not_recalibrated(self.model) if self.model is not None and self._averages and self._steps else []
+        if norms:
             yield from self._once(
                 "batch norm",
-                f"{norm} is a BatchNorm, whose statistics are those of the training weights y: take them at the "
-                "average with ppsf_dist.recalibrate_batch_norm(model, batches) before you evaluate or save",
+                f"{norms[0] or 'the model'} is a BatchNorm, whose statistics are those of the training weights y: take "
+                "them at the average with ppsf_dist.recalibrate_batch_norm(model, batches) before you evaluate or save",
             )
-
-    def _batch_norm(self) -> str | None:
-        """A BatchNorm that has seen every step: one whose statistics were taken anew has seen fewer batches."""
-        if self.model is None:
-            return None
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.num_batches_tracked is not None:
-                if int(module.num_batches_tracked) >= self._steps > 0:
-                    return name or type(module).__name__
-        return None
 
     def _lengths(self, report: StepReport) -> None:
         """Keep the lengths of the gradients, of each group and of all together, which is what is clipped."""
