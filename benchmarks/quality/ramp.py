@@ -123,7 +123,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--workloads", nargs="+", default=DIFFERENT, choices=list(WORKLOADS), metavar="NAME",
-                        help="of the table; the picture is of the first (default: those that begin differently)")  # fmt: skip
+                        help="of the table; the first has a picture (default: all but the longer)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--picture", type=Path, help="file to draw")
