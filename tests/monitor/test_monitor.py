@@ -110,10 +110,10 @@ def test_two_groups_have_two_names_in_a_tracker() -> None:
 
 def test_a_tensorboard_file_holds_d(tmp_path: Path) -> None:
     """The real writer."""
-    tensorboard = pytest.importorskip("torch.utils.tensorboard", exc_type=ImportError)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
 
-    with tensorboard.SummaryWriter(str(tmp_path)) as writer:
+    with SummaryWriter(str(tmp_path)) as writer:
         _, monitor, _ = trained(to=writer, groups=1)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
