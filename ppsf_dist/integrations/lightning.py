@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule
-
 from ppsf_dist.evaluation import averaged, innermost
+from ppsf_dist.extras import missing
 from ppsf_dist.integrations.modes import step_sizes, trains
 from ppsf_dist.optimizers.base import DistributedOptimizer
 from ppsf_dist.sharding import drop_gathered_weights
 
 TRAINING_WEIGHTS = "ppsf_dist_training_weights"
 """The key of a checkpoint under which y stands, where ``state_dict`` is x."""
+
+try:
+    from lightning.pytorch import LightningModule
+except ModuleNotFoundError as error:
+    raise missing(error, "lightning") from error
 
 if TYPE_CHECKING:
     # Lightning's own hooks are called through super(); at run time a mixin stands before the module.

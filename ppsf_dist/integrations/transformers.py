@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import SchedulerType
-
 from ppsf_dist.evaluation import innermost
+from ppsf_dist.extras import missing
 from ppsf_dist.integrations.modes import step_sizes, trains
 from ppsf_dist.optimizers.base import DistributedOptimizer
 from ppsf_dist.sharding import drop_gathered_weights
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_utils import SchedulerType
+except ModuleNotFoundError as error:
+    raise missing(error, "transformers") from error
 
 _OF_AN_OPTIMIZER = "optimizer_cls_and_kwargs=(ProdigyPlusScheduleFree, {}) of Trainer"
 
