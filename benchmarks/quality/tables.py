@@ -141,9 +141,10 @@ def regrets(results: Results, rivals: Sequence[str]) -> str:
         rows.append((f"{title}, tuned for each", _regrets(results, names, rival, results.at)))
         rows.append((f"{title}, one grid step off", _regrets(results, names, rival, results.off_by_one)))
     rows.sort(key=lambda row: _mean(row[1].values()))
-    lines = [_row(["", "mean", "worst", *(f"`{name}`" for name in names)]), _row(["---"] * (len(names) + 3))]
+    lines = [_row(["", "mean", "median", "worst", *(f"`{name}`" for name in names)]), _row(["---"] * (len(names) + 4))]
     for title, row in rows:
-        summary = _percent(_mean(row.values())), _percent(max(sample.mean for sample in row.values()))
+        means = [sample.mean for sample in row.values()]
+        summary = [_percent(of(means)) for of in (statistics.fmean, statistics.median, max)]
         lines.append(_row([title, *summary, *(_percent(row[name].mean, row[name].spread) for name in names)]))
     return "\n".join(lines)
 
