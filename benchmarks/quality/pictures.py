@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 COLUMNS = 3
 COLOURS = {ADAMW: "#444444", SCHEDULEFREE: "#d58a2b", DEFAULT: "#7fb2dd", RECOMMENDED: "#1f5fa6",
-           "prodigy": "#7a4fa3", "plus": "#b0413e"}  # fmt: skip
+           "prodigy": "#7a4fa3"}  # fmt: skip
 HIGHEST_REGRET = 60.0
 """Percent. Above, a curve leaves the picture: what is worse than that is simply worse."""
 SMALLEST_SCALE = 5.0
@@ -51,12 +51,11 @@ def losses(results: Results, path: Path) -> None:
     """The loss over the steps, mean of the seeds, tuned rivals at their best."""
 
     def draw(axes: Axes, name: str) -> None:
-        for rival in (ADAMW, SCHEDULEFREE, "prodigy", "plus", DEFAULT, RECOMMENDED):
-            records = _records(results, name, rival)
-            if records:
-                axes.plot(
-                    records[0]["steps"], _mean(records, "losses"), color=COLOURS[rival], label=RIVALS[rival].title
-                )
+        for rival in (ADAMW, SCHEDULEFREE, "prodigy", DEFAULT, RECOMMENDED):
+            if records := _records(results, name, rival):
+                means = _mean(records, "losses")
+                title = RIVALS[rival].title
+                axes.plot(records[0]["steps"][: len(means)], means, color=COLOURS[rival], label=title)
         axes.set_yscale("log")
 
     _panels(results, path, draw, "step", "what counts, log scale")
