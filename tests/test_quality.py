@@ -165,8 +165,11 @@ def test_tables_go_to_their_places_in_a_page_and_records_into_one_file(tmp_path:
     """A page is the same when its tables are put in again; what is shown from the file is what the folder shows."""
     results = two_seeds(tmp_path / "runs")
     made = tables.everything(results)
-    page = tables.put("# Page\n<!-- table: regret -->\n<!-- end -->\nafter\n", made)
-    assert made["regret"] in page and page.endswith("<!-- end -->\nafter\n") and tables.put(page, made) == page
+    places = [f"<!-- table: {name} -->\n<!-- end -->\n" for name in ("regret", "losses")]
+    page = tables.put("# Page\n" + "between\n".join(places) + "after\n", made)
+    between = page.index("-->\nbetween\n")
+    assert page.index(made["regret"]) < between < page.index(made["losses"]) and page.endswith("-->\nafter\n")
+    assert tables.put(page, made) == page
     with pytest.raises(ValueError, match="the page names the tables"):
         tables.put("<!-- table: other -->\n<!-- end -->", made)
     results.campaign.gather(tmp_path / "all.jsonl")

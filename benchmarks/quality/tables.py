@@ -13,7 +13,7 @@ from benchmarks.quality.rivals import ADAMW, MAIN, MULTIPLIERS, RECOMMENDED, RIV
 from benchmarks.quality.training import Run
 from benchmarks.quality.workloads import WORKLOADS
 
-_PLACE = re.compile(r"<!-- table: (\w+) -->\n(?:.*?\n)?<!-- end -->", re.DOTALL)
+_PLACE = re.compile(r"<!-- table: (\w+) -->\n(?:.*?\n)??<!-- end -->", re.DOTALL)
 
 
 @dataclass(frozen=True)
