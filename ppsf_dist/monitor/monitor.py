@@ -47,7 +47,7 @@ class Monitor:
         to: where rows go, beside :attr:`rows`: a path for a ``.jsonl`` file, a ``SummaryWriter``, a run of W&B, the
             module ``mlflow``, a function of one row, or several of these.
         model: to look for BatchNorm in.
-        settings: what tells this run from others, for ``ppsf-dist report``; the optimizer's own are there already.
+        settings: what tells this run from others, for the first line of a file; the optimizer's own are there already.
 
     Raises:
         TypeError: the optimizer is none of this package, or ``to`` cannot take rows.
