@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 """Of weights. The arithmetic is fp32."""
@@ -42,6 +44,29 @@ def refuse_weights(dtype: torch.dtype, where: object) -> None:
         way_out = "a step is smaller than its digits; keep the weights in one of these and convert them in the forward"
     allowed = ", ".join(map(str, DTYPES))
     raise ValueError(f"the weights of {where} are {dtype}: allowed is {allowed}; {way_out}")
+
+
+def refuse_quantized(weights: Tensor, where: object) -> None:
+    """Refuse a tensor subclass that keeps the weights in another form than their dtype says.
+
+    Args:
+        weights: on this rank.
+        where: the parameter, as a message names it.
+
+    Raises:
+        ValueError: none of the tensors that it is made of has its dtype and shape.
+    """
+    if type(weights) in (Tensor, Parameter) or not is_traceable_wrapper_subclass(weights):
+        return
+    inner = {name: getattr(weights, name) for name in weights.__tensor_flatten__()[0]}
+    if any(part.dtype == weights.dtype and part.shape == weights.shape for part in inner.values()):
+        return
+    kept = ", ".join(f"{name} ({part.dtype})" for name, part in inner.items())
+    raise ValueError(
+        f"the weights of {where} are a {type(weights).__name__}, which keeps them as {kept}: a step is smaller than "
+        f"its digits; train weights that are kept in {weights.dtype} (torchao's int8_mixed_precision_training and "
+        "float8 training keep them so) and quantize when training is over"
+    )
 
 
 def refuse_gradient(gradient: Tensor, shape: Sequence[int], where: object) -> None:

@@ -39,6 +39,13 @@ def build(optimizer: type[DistributedOptimizer], params: Iterable[Any], **argume
                 f"optimizer.params.{name}={value!r} of the DeepSpeed config is no argument of {optimizer.__name__}: "
                 f"leave it out; there are {', '.join(allowed)}"
             )
+    lr = arguments.get("lr", 1.0)
+    doubt = optimizer.method.doubt_about_lr(lr) if isinstance(lr, int | float) else None
+    if doubt is not None:
+        raise ValueError(
+            f"optimizer.params of the DeepSpeed config: {doubt}. Leave lr out of the config (Trainer puts its "
+            'learning_rate where it says "auto"), or write 1.0'
+        )
     check_calling_framework([arguments])
     return optimizer(params, **arguments)
 

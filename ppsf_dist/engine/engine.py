@@ -79,9 +79,19 @@ class Engine(Planner):
                 self._finish_step()
             fresh = not self.state
             plan = self.current_plan(part)
-            if plan is not None and not (fresh and self._creates_state_only(plan)):
+            if plan is None:
+                self._doubt_frozen(layout)
+            elif not (fresh and self._creates_state_only(plan)):
                 self._step_part(part, plan, ends_with=layout.all_parts)
         return loss
+
+    def _doubt_frozen(self, layout: Layout) -> None:
+        if not any(param.requires_grad for params in layout.parameters() for param in params):
+            warnings.warn(
+                "step() changed nothing: none of the optimizer's parameters requires a gradient; call "
+                "requires_grad_(True) on those that are to be trained, or give the optimizer other ones",
+                stacklevel=4,
+            )
 
     def run_alone(self, param: Tensor) -> None:
         """Step one parameter; one that comes a second time ends the step before.
@@ -229,6 +239,7 @@ class Engine(Planner):
             )
         assert self.numbers is not None
         self.method.validate_step(self.groups)
+        self.learning_rates.see(self.groups)
         self.numbers.absorb(self.groups)
         return self.method.step_numbers(self.numbers, self.groups, self.seed)
 

@@ -21,7 +21,7 @@ from ppsf_dist.kernels.choice import ChosenKernels, ChosenPasses
 from ppsf_dist.kernels.interface import Buffers, Coefficients, Gates, Scales
 from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
-from ppsf_dist.refusals import refuse_gradient, refuse_reshaped, refuse_weights
+from ppsf_dist.refusals import refuse_gradient, refuse_quantized, refuse_reshaped, refuse_weights
 from ppsf_dist.sharding import Shard, Team
 from ppsf_dist.sharding.slots import SlotTable
 from ppsf_dist.state.inventory import PARAMETER_NUMBERS, SAMPLED, Entry, Holds, Lies, needed, numbers_of
@@ -85,6 +85,8 @@ class Plan:
         self._groups_of, self._switches = list(groups_of), list(switches)
         for slot in table.slots:
             refuse_weights(getattr(torch, slot.dtype.removeprefix("torch.")), slot)
+        for shard, index in zip(shards, self.slot_of_shard, strict=True):
+            refuse_quantized(shard.weights(), table.slots[index])
         device = shards[0].weights().device
         factored = []
         for slot in table.slots:

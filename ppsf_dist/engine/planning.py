@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ppsf_dist.engine.group_numbers import GroupNumbers, News
 from ppsf_dist.engine.host import HostAccess
+from ppsf_dist.engine.learning_rates import LearningRates
 from ppsf_dist.engine.plan import Plan
 from ppsf_dist.engine.reductions import Outcome, Reductions
 from ppsf_dist.engine.reports import Observer, report_of
@@ -80,6 +81,7 @@ class Planner:
         self.team: Team | None = None
         self.plans: dict[Part, Plan] = {}
         self.numbers: GroupNumbers | None = None
+        self.learning_rates = LearningRates(method)
         self._unheard: list[News] = []
         # A handle keeps a weak reference to it, which a plain dict does not allow.
         self.observers: OrderedDict[int, Observer] = OrderedDict()
@@ -354,6 +356,7 @@ class Planner:
         """
         self._outdated |= {part: (plan.reductions, reason) for part, plan in self.plans.items()}
         self.plans, self.numbers, self._trained = {}, None, None
+        self.learning_rates.restart()
 
 
 def _refuse_another_meaning(before: Any, now: Any) -> None:

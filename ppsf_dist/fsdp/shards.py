@@ -172,14 +172,14 @@ def _check_domain(param: DTensor, own: tuple[int, ...], domain: tuple[int, ...])
         )
 
 
-def refuse_flat_parameters(params: Sequence[Tensor], beside: Sequence[Shard]) -> NoReturn:
-    """Refuse parameters of FSDP1.
+def refuse_flat_parameters(param: Tensor) -> NoReturn:
+    """Refuse a parameter of FSDP1.
 
     Raises:
         NotImplementedError: always.
     """
     raise NotImplementedError(
-        f"a parameter of shape {tuple(params[0].shape)} is a flat slice made by FullyShardedDataParallel (FSDP1), "
+        f"a parameter of shape {tuple(param.shape)} is a flat slice made by FullyShardedDataParallel (FSDP1), "
         "which hides the shape that factored moments and the step size are computed from: use FSDP2, "
         "torch.distributed.fsdp.fully_shard(model)"
     )

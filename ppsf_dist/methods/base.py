@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from ppsf_dist.methods.learning_rates import of_a_schedule, of_another_optimizer
 from ppsf_dist.methods.rules import NOT_NEGATIVE, SWITCH, Rule, check_lr, checked, integer, shown
 from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
@@ -313,6 +314,14 @@ class Method(ABC):
             What a person should know of: what was switched off, and what is allowed but seldom meant.
         """
         return []
+
+    def doubt_about_lr(self, lr: float) -> str | None:
+        """What to say of the learning rate that a run begins with, if it is seldom meant."""
+        return of_another_optimizer(lr) if "d" in self.numbers else None
+
+    def doubt_about_schedule(self, group: Mapping[str, Any], before: float, now: float) -> str | None:
+        """What to say of a learning rate that has changed since the last step, if that is seldom meant."""
+        return of_a_schedule(before, now, finds_d="d" in self.numbers) if self.switches(group).schedulefree else None
 
     def refuse_unknown(self, group: Mapping[str, Any], elsewhere: Iterable[str]) -> None:
         """Refuse a key of a parameter group that is an argument misspelt, or one of the whole optimizer.

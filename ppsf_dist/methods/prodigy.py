@@ -180,7 +180,8 @@ class ProdigyMethod(Method):
             )
 
     def settle(self, group: MutableMapping[str, Any]) -> list[str]:
-        said = []
+        doubt = self.doubt_about_lr(float(group["lr"]))
+        said = [] if doubt is None else [doubt]
         if group["betas"][0] == 0:
             said.append(
                 "betas[0]=0: steps are divided by the second moment of d * g alone, so they are as large as lr * d / "

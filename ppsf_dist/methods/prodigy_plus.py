@@ -32,8 +32,6 @@ from ppsf_dist.methods.rules import (
 from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
 
-_AN_ORDINARY_LEARNING_RATE = 0.01
-
 SLICE_P = 11
 """The reference samples every 11th element."""
 
@@ -356,11 +354,8 @@ class ProdigyPlus(Method):
             group[name] = False
             said.append(f"{name}=True has no effect and is switched off: {reason}")
 
-        if 0 < group["lr"] <= _AN_ORDINARY_LEARNING_RATE:
-            said.append(
-                f"lr={group['lr']} looks like the learning rate of another optimizer: here it multiplies the step "
-                "size d that this one finds, so leave it at 1.0"
-            )
+        if (doubt := self.doubt_about_lr(float(group["lr"]))) is not None:
+            said.append(doubt)
         if group["use_cautious"] and group["use_grams"]:
             off("use_grams", "use_cautious=True decides the mask")
         if group["use_focus"] and group["factored"]:

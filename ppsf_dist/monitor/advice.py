@@ -38,7 +38,6 @@ class Advice:
         self._norms: list[list[float]] = [[] for _ in range(count)]
         self._clipped: list[float] = []
         self._highest = [-math.inf] * count
-        self._lrs: list[float | None] = [None] * count
         self._history: list[tuple[int, float]] = []
         self._steps = 0
         self._averages = any(optimizer.method.switches(group).schedulefree for group in optimizer.param_groups)
@@ -54,7 +53,6 @@ class Advice:
             numerator, denominator = numbers.get("d_numerator"), numbers.get("d_denom")
             if numerator is not None and denominator:
                 self._highest[index] = max(self._highest[index], numerator / denominator)
-            yield from self._once("schedule", self._schedule(index))
             d = numbers.get("d")
             if report.steps - report.skipped == STEPS_AT_D0 and d == self.optimizer.param_groups[index].get("d0"):
                 yield from self._once(f"d0 {index}", self._stuck(index))
@@ -88,21 +86,6 @@ class Advice:
         if message and what not in self._said:
             self._said.add(what)
             yield message
-
-    def _schedule(self, index: int) -> str | None:
-        lr = self.optimizer.param_groups[index]["lr"]
-        if isinstance(lr, Tensor) and lr.device.type != "cpu":
-            return None
-        before, now = self._lrs[index], float(lr)
-        self._lrs[index] = now
-        if before is None or now == before or not self._averages:
-            return None
-        kind = "falls" if now < before else "rises"
-        return (
-            f"lr {kind} from {before:.4g} to {now:.4g}: a schedule multiplies the d that is found, and the average of "
-            "Schedule-Free stands in its place already; leave the scheduler out or make it constant "
-            '(lr_scheduler_type="constant" in Trainer)'
-        )
 
     def _stuck(self, index: int) -> str:
         group, norms = self.optimizer.param_groups[index], self._norms[index]

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ppsf_dist.engine.learning_rates import readable
 from ppsf_dist.engine.reports import StepReport
 from ppsf_dist.evaluation import innermost
 from ppsf_dist.monitor.advice import Advice
@@ -150,7 +151,7 @@ class Monitor:
             sink(row)
 
     def _group(self, index: int, numbers: Mapping[str, float | None]) -> dict[str, float | None]:
-        lr, d = _number(self.optimizer.param_groups[index]["lr"]), numbers.get("d")
+        lr, d = readable(self.optimizer.param_groups[index]["lr"]), numbers.get("d")
         before = self.rows[-1]["groups"][index].get("d") if self.rows else None
         effective = numbers.get("effective_lr")
         numerator, denominator = numbers.get("d_numerator"), numbers.get("d_denom")
@@ -173,11 +174,6 @@ class Monitor:
     def _warn(self, messages: Iterable[str]) -> None:
         for message in messages:
             warnings.warn(message, UserWarning, stacklevel=2)
-
-
-def _number(value: Any) -> float | None:
-    """A learning rate that can be read without waiting for a device."""
-    return None if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
 
 
 def _about(optimizer: DistributedOptimizer, settings: dict[str, Any], elements: list[int]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ppsf_dist.methods.base import Group, Method
 from ppsf_dist.methods.rules import naming, validate_seed
 from ppsf_dist.optimizers.hooks import hooked_load, hooked_state_dict
 from ppsf_dist.refusals import refuse_process_group, refuse_zero_redundancy
+from ppsf_dist.sharding import refuse_unsupported
 from ppsf_dist.state import portable
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -72,13 +73,20 @@ class DistributedOptimizer(Optimizer):
 
         Raises:
             ValueError: an argument is out of range, misspelt, or does not fit the other groups; nothing is added then.
+            NotImplementedError: a parameter is one of FSDP1, which hides its shape; nothing is added then.
         """
         if isinstance(param_group, dict):
             param_group.update(self._complete_group(param_group))
         self._engine.settle_backward()
         self._engine.settle()
         super().add_param_group(param_group)
+        try:
+            refuse_unsupported(self.param_groups[-1]["params"])
+        except NotImplementedError:
+            self.param_groups.pop()
+            raise
         self._engine.given.append(self.param_groups[-1]["params"])
+        self._engine.learning_rates.constructed_with(self.param_groups[-1:])
         self._engine.forget("a parameter group has been added")
 
     def _complete_group(self, given: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from ppsf_dist.sharding.finding import (
     drop_gathered_weights,
     find_shards,
     find_team,
+    refuse_unsupported,
 )
 from ppsf_dist.sharding.geometry import Box, flat_range, whole
 from ppsf_dist.sharding.layouts import Group, Layout, Member, Part, State, find_layout
@@ -37,6 +38,7 @@ __all__ = [
     "placement_of",
     "plain_shard",
     "raise_failures",
+    "refuse_unsupported",
     "register",
     "team_of_ranks",
     "together",

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ppsf_dist.sharding.registry import entries, load, who_knows
+from ppsf_dist.sharding.registry import entries, find, load, who_knows
 from ppsf_dist.sharding.shard import Shard, plain_shard
 from ppsf_dist.sharding.team import Team, team_of_ranks
 
@@ -25,6 +25,7 @@ def find_shards(params: Sequence[Tensor], process_group: dist.ProcessGroup | Non
         NotImplementedError: parameters of FSDP1, which hide their shape.
         ValueError: parameters lie in a way that is not supported.
     """
+    refuse_unsupported(params)
     knows = [who_knows("shards", param) for param in params]
     plain = [plain_shard(param) for param, answer in zip(params, knows, strict=True) if answer is None]
     found: dict[str | None, Iterator[Shard]] = {None: iter(plain)}
@@ -43,6 +44,18 @@ def find_shards(params: Sequence[Tensor], process_group: dist.ProcessGroup | Non
         if not shard.domain and domain:
             shard.repeat(domain)
     return shards
+
+
+def refuse_unsupported(params: Sequence[Tensor]) -> None:
+    """Refuse parameters of a framework that hides what a step needs.
+
+    Raises:
+        NotImplementedError: parameters of FSDP1.
+    """
+    for param in params:
+        refuse = find("refused", param)
+        if refuse is not None:
+            refuse(param)
 
 
 def find_team(shards: Sequence[Shard], process_group: dist.ProcessGroup | None) -> Team:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from ppsf_dist.sharding import marks
 
-Question = Literal["shards", "layout", "caller", "module", "weights", "strategy"]
+Question = Literal["refused", "shards", "layout", "caller", "module", "weights", "strategy"]
 
 
 class Entry(NamedTuple):
@@ -20,9 +20,9 @@ class Entry(NamedTuple):
 
 
 _ENTRIES: dict[Question, list[Entry]] = {
+    "refused": [Entry("fsdp1", marks.is_flat_parameter, "ppsf_dist.fsdp.shards:refuse_flat_parameters")],
     "shards": [
         Entry("dtensor", marks.is_dtensor, "ppsf_dist.fsdp.shards:dtensor_shards"),
-        Entry("fsdp1", marks.is_flat_parameter, "ppsf_dist.fsdp.shards:refuse_flat_parameters"),
         Entry("experts", marks.is_expert, "ppsf_dist.deepspeed.experts:shards_with_experts"),
     ],
     "layout": [
@@ -51,6 +51,7 @@ def register(question: Question, name: str, test: Callable[..., bool], answer: s
     ============ ============================== =====================================================================
     question     the test is given              the answer is called with, and returns
     ============ ============================== =====================================================================
+    ``refused``  a parameter                    the parameter: nothing; it raises what cannot work
     ``shards``   a parameter                    a list of such parameters, and plain shards of those beside them, whose
                                                 domain it may set: a :class:`Shard` for each parameter, in order
     ``layout``   all groups, and the parameters the same: a :class:`Layout` of them

@@ -59,6 +59,19 @@ def test_the_name_stands_for_the_optimizer() -> None:
     assert optimizer.param_groups[0]["betas"] == (0.95, 0.99) and optimizer.param_groups[0]["d_coef"] == 2.0
 
 
+@pytest.mark.parametrize("name", ["ProdigyPlusScheduleFree", "Prodigy"])
+def test_the_learning_rate_of_another_optimizer_is_refused(name: str) -> None:
+    """Trainer writes its own 5e-5 where a config says "auto", and nothing would train."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="lr=5e-05 looks like .* Leave lr out of the config"):
+        getattr(torch.optim, name)([parameter], lr=5e-5)
+    with pytest.raises(ValueError, match="lr='auto' is out of range"):
+        getattr(torch.optim, name)([parameter], lr="auto")
+    assert getattr(torch.optim, name)([parameter], lr=0.5).param_groups[0]["lr"] == 0.5
+    other = "AdamWScheduleFree"
+    assert getattr(torch.optim, other)([parameter], lr=5e-5).param_groups[0]["lr"] == 5e-5
+
+
 def names_what_cannot_run(name: str) -> str:
     engine_config = config(2) | {"optimizer": {"type": name, "params": {}}}
     with pytest.raises(ValueError) as error:

@@ -70,19 +70,6 @@ def test_d_still_at_d0_has_its_cause_named(cause: dict[str, Any], message: str) 
     assert len(said) == 1 and message in said[0], said
 
 
-@pytest.mark.parametrize(
-    ("lr", "word"),
-    [(lambda step: 1 - step / 300, "falls from 0.9967 to"), (lambda step: step / 200, "rises from 0.005 to")],
-)
-def test_a_schedule_is_named_once(lr: Callable[[int], float], word: str) -> None:
-    said = [one for one in train(lr=lr) if one.startswith("lr ")]
-    assert len(said) == 1 and word in said[0] and 'lr_scheduler_type="constant"' in said[0]
-
-
-def test_a_schedule_is_what_methods_without_an_average_need() -> None:
-    assert not [one for one in train(lr=lambda step: 1 - step / 300, use_schedulefree=False) if one.startswith("lr ")]
-
-
 def test_training_that_never_saw_its_average_is_told_at_the_end() -> None:
     said = train(evaluate=False)
     assert len(said) == 1 and said[0].startswith("eval() was never called")

@@ -181,7 +181,11 @@ def test_who_registers_last_is_asked_first_and_takes_the_name() -> None:
 @pytest.mark.parametrize(
     ("question", "answer", "message"),
     [
-        ("tensors", "module:function", "question='tensors' is never asked: allowed are shards, layout, caller"),
+        (
+            "tensors",
+            "module:function",
+            "is never asked: allowed are refused, shards, layout, caller",
+        ),
         ("shards", "module.function", "write 'package.module:function'"),
         ("shards", "module:", "write 'package.module:function'"),
     ],
