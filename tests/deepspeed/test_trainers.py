@@ -41,6 +41,7 @@ def test_accelerates_optimizer_switches_what_the_model_computes(stage: int) -> N
     assert abs(result["eval"] - result["y"]) > 1e-3 * result["y"], "the test needs an average that is not y"
     assert result["averaged"] == result["eval"]
     assert result["train"] == result["after"] == result["y"]
+    assert result["loaded"] == result["y"] and result["resumed"] == result["more"] < result["y"]
     # The weights are bf16, which the stages round alike.
     assert result == results("accelerate", 2)[0]
 

@@ -63,10 +63,14 @@ def with_accelerate(stage: int) -> dict[str, Any]:
     model, optimizer = accelerator.prepare(model, optimizer)
     inputs, labels = torch.randn(16, WIDTH), torch.randn(16)
     share = slice(dist.get_rank(), None, dist.get_world_size())
-    for _ in range(STEPS):
-        accelerator.backward(model(inputs[share], labels[share])["loss"])
-        optimizer.step()
-        optimizer.zero_grad()
+
+    def train() -> None:
+        for _ in range(STEPS):
+            accelerator.backward(model(inputs[share], labels[share])["loss"])
+            optimizer.step()
+            optimizer.zero_grad()
+
+    train()
 
     def loss() -> float:
         with torch.no_grad():
@@ -80,6 +84,17 @@ def with_accelerate(stage: int) -> dict[str, Any]:
     with averaged(optimizer, model):
         losses["averaged"] = loss()
     losses["after"] = loss()
+    with tempfile.TemporaryDirectory() as folder:
+        shared = [folder]
+        dist.broadcast_object_list(shared)
+        accelerator.save_state(shared[0])
+        train()
+        losses["more"] = loss()
+        accelerator.load_state(shared[0])
+        losses["loaded"] = loss()
+        train()
+        losses["resumed"] = loss()
+        dist.barrier()
     return {"ranks": dist.get_world_size(), "wrapper": type(optimizer).__name__, **losses}
 
 
