@@ -15,7 +15,6 @@ import torch
 from prodigyplus.prodigy_plus_schedulefree import ProdigyPlusScheduleFree as Reference
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial
 
 from ppsf_dist import ProdigyPlusScheduleFree
@@ -232,33 +231,6 @@ def test_schedulers_of_torch_scale_the_step() -> None:
         moves[scale] = optimizer.state[p]["z"] - before
         assert optimizer.param_groups[0]["lr"] == scale
     torch.testing.assert_close(moves[0.25], 0.25 * moves[1.0])
-
-
-def _fully_sharded_by_fsdp1(original: bool) -> tuple[str, int]:
-    model = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"), use_orig_params=original)
-    with pytest.raises(NotImplementedError) as error:
-        ProdigyPlusScheduleFree(model.parameters())
-    optimizer = ProdigyPlusScheduleFree([parameter()])
-    with pytest.raises(NotImplementedError):
-        optimizer.add_param_group({"params": list(model.parameters())})
-    return str(error.value), len(optimizer.param_groups)
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize("original", [False, True], ids=["flat parameters", "use_orig_params"])
-def test_fsdp1_is_refused_where_the_optimizer_is_made(original: bool) -> None:
-    for message, groups in run(2, _fully_sharded_by_fsdp1, original):
-        assert "use FSDP2, torch.distributed.fsdp.fully_shard" in message and groups == 1
-
-
-def test_a_parameter_that_fsdp1_takes_later_is_refused_at_the_step() -> None:
-    p = parameter()
-    optimizer = quiet([p])
-    p._fsdp_flattened = True  # type: ignore[attr-defined]
-    p.grad = torch.ones(5)
-    with pytest.raises(NotImplementedError, match="use FSDP2, torch.distributed.fsdp.fully_shard"):
-        optimizer.step()
-    assert not optimizer.state and torch.equal(p.detach(), torch.ones(5))
 
 
 def _partial() -> str:

@@ -1,4 +1,4 @@
-"""What is allowed and seldom meant is said once, on every layout, whether or not somebody watches."""
+"""What is seldom meant is said once, on every layout, and what cannot work where it is asked for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ppsf_dist import AdamWScheduleFree, Prodigy, ProdigyPlusScheduleFree
 from ppsf_dist.optimizers.base import DistributedOptimizer
@@ -55,9 +56,8 @@ def test_a_learning_rate_of_another_optimizer_is_doubted_where_it_is_set(
     [
         (lambda step: 1 - step / 10, "falls from 1 to 0.9"),
         (lambda step: (step + 1) / 6, "rises from 0.1667 to 0.3333"),
-        (lambda step: torch.tensor(1 - step / 10), "falls from 1 to 0.9"),
     ],
-    ids=["linear decay", "warm-up", "a tensor"],
+    ids=["linear decay", "warm-up"],
 )
 def test_a_schedule_on_an_average_is_named_once_with_the_way_out(lr: Lr, word: str) -> None:
     messages = said(lr)
@@ -70,6 +70,10 @@ def test_schedules_that_have_their_place_are_not_doubted() -> None:
     assert said(lambda step: (step + 1) / 6, optimizer=AdamWScheduleFree) == [], "a warm-up of one's own"
     assert len(said(lambda step: 1 - step / 10, optimizer=AdamWScheduleFree)) == 1
     assert said(lambda _: 0.5) == [], "a factor that stays is meant"
+
+
+def test_a_tensor_is_not_read_to_follow_it() -> None:
+    assert said(lambda step: torch.tensor(1 - step / 10)) == []
 
 
 def test_a_run_that_goes_on_with_another_learning_rate_is_no_schedule() -> None:
@@ -114,6 +118,33 @@ def test_a_step_on_nothing_but_frozen_parameters_says_so() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()
+
+
+def _fully_sharded_by_fsdp1(original: bool) -> tuple[str, int]:
+    model = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"), use_orig_params=original)
+    with pytest.raises(NotImplementedError) as error:
+        ProdigyPlusScheduleFree(model.parameters())
+    optimizer = ProdigyPlusScheduleFree([nn.Parameter(torch.ones(5))])
+    with pytest.raises(NotImplementedError):
+        optimizer.add_param_group({"params": list(model.parameters())})
+    return str(error.value), len(optimizer.param_groups)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("original", [False, True], ids=["flat parameters", "use_orig_params"])
+def test_fsdp1_is_refused_where_the_optimizer_is_made(original: bool) -> None:
+    for message, groups in run(2, _fully_sharded_by_fsdp1, original):
+        assert "use FSDP2, torch.distributed.fsdp.fully_shard" in message and groups == 1
+
+
+def test_a_parameter_that_fsdp1_takes_later_is_refused_at_the_step() -> None:
+    p = nn.Parameter(torch.ones(5))
+    optimizer = ProdigyPlusScheduleFree([p])
+    p._fsdp_flattened = True  # type: ignore[attr-defined]
+    p.grad = torch.ones(5)
+    with pytest.raises(NotImplementedError, match="use FSDP2, torch.distributed.fsdp.fully_shard"):
+        optimizer.step()
+    assert not optimizer.state and torch.equal(p.detach(), torch.ones(5))
 
 
 class Kept(Tensor):

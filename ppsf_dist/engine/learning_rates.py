@@ -16,7 +16,7 @@ def readable(lr: float | Tensor) -> float | None:
 
 
 class LearningRates:
-    """Follows the learning rates of an optimizer's groups from step to step.
+    """Follows the learning rates of an optimizer's groups from step to step. Tensors are read at the first one alone.
 
     Args:
         method: which says what each means to it.
@@ -38,15 +38,13 @@ class LearningRates:
 
     def see(self, groups: Sequence[Group]) -> None:
         """Look at the learning rates of a step that begins, and warn."""
-        now = [readable(group["lr"]) for group in groups]
+        now = [None if isinstance(lr := group["lr"], Tensor) else float(lr) for group in groups]
         if now == self._before:
             return
-        before = self._before
-        self._before = now
+        before, self._before = self._before, now
         if before is None or len(before) != len(now):
-            for lr in now:
-                if lr is not None and lr not in self._constructed:
-                    self._say("first", self._method.doubt_about_lr(lr))
+            for lr in {readable(group["lr"]) for group in groups} - self._constructed:
+                self._say("first", None if lr is None else self._method.doubt_about_lr(lr))
             return
         for group, old, new in zip(groups, before, now, strict=True):
             if old is not None and new is not None:

@@ -53,4 +53,12 @@ def test_trainer_evaluates_the_average(stage: int) -> None:
     assert result["optimizer"] == expected["optimizer"] == "ProdigyPlusScheduleFree"
     assert abs(expected["eval"][-1] - expected["y"]) > 1e-3 * expected["y"], "the test needs an average that is not y"
     assert result["eval"] == pytest.approx(expected["eval"], rel=1e-6)
+    assert result["saved"] == pytest.approx(result["eval"][0], rel=1e-6), "what is saved is what was evaluated"
+    assert result["resumed"] == result["eval"]
+    assert result["d"] == pytest.approx(expected["d"], rel=1e-6) and result["d"][-1] > result["d"][0]
     assert result["y"] == pytest.approx(expected["y"], rel=1e-6)
+
+
+def test_an_optimizer_that_trainer_ignores_is_noticed() -> None:
+    said = results("ignored", 1)[1]["error"]
+    assert "the optimizer that trains is a" in said and "Trainer ignores optimizers=" in said

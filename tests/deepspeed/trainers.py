@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ppsf_dist import ProdigyPlusScheduleFree, averaged
@@ -44,6 +45,8 @@ class Regression(nn.Module):
 
 def settings_for(stage: int, dtype: torch.dtype) -> dict[str, Any]:
     settings = config(stage, dtype)
+    # Otherwise Trainer writes no model at stage 3.
+    settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     if stage == NAMED_IN_CONFIG:
         settings["optimizer"] = {"type": "ProdigyPlusScheduleFree", "params": ARGUMENTS}
     return settings
@@ -102,15 +105,19 @@ def with_trainer(stage: int) -> dict[str, Any]:
     """Losses of Hugging Face's evaluations between training steps, and of the training weights at the end."""
     from transformers import Trainer, TrainingArguments
 
+    from ppsf_dist.integrations.transformers import attach
+
     data = [{"inputs": torch.randn(WIDTH), "labels": torch.randn(())} for _ in range(32)]
-    model = Regression()
-    with tempfile.TemporaryDirectory() as folder:
+
+    def make(folder: str, steps: int) -> Trainer:
+        torch.manual_seed(0)
         arguments = TrainingArguments(
             output_dir=folder,
-            max_steps=2 * STEPS,
+            max_steps=steps,
             eval_strategy="steps",
             eval_steps=STEPS,
-            save_strategy="no",
+            save_steps=STEPS,
+            logging_steps=1,
             lr_scheduler_type="constant",
             max_grad_norm=0.0,
             per_device_train_batch_size=1,
@@ -123,15 +130,56 @@ def with_trainer(stage: int) -> dict[str, Any]:
         # Under DeepSpeed Trainer ignores what it gets as optimizers=, without a word.
         own: dict[str, Any] = {"optimizer_cls_and_kwargs": (ProdigyPlusScheduleFree, ARGUMENTS)}
         own = {} if stage == NAMED_IN_CONFIG else own
-        trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data[:16], **own)
+        trainer = Trainer(Regression(), arguments, train_dataset=data, eval_dataset=data[:16], **own)
+        attach(trainer)
+        return trainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make(f"{folder}/whole", 2 * STEPS)
         trainer.train()
-        losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
-        cast(Any, trainer.optimizer).train()
+        history = trainer.state.log_history
+        saved = Regression()
+        saved.load_state_dict(load_file(f"{folder}/whole/checkpoint-{STEPS}/model.safetensors"))
         batch = {name: torch.stack([row[name] for row in data[:16]]) for name in data[0]}
+        result: dict[str, Any] = {
+            "wrapper": type(trainer.optimizer).__name__,
+            "optimizer": type(innermost(trainer.optimizer)).__name__,
+            "eval": [row["eval_loss"] for row in history if "eval_loss" in row],
+            "d": [row["d"] for row in history if "loss" in row],
+            "saved": saved(**batch)["loss"].item(),
+        }
+        cast(Any, trainer.optimizer).train()
         with torch.no_grad():
-            y = trainer.model_wrapped(**batch)["loss"].item()
-        inner = type(innermost(trainer.optimizer)).__name__
-    return {"wrapper": type(trainer.optimizer).__name__, "optimizer": inner, "eval": losses, "y": y}
+            result["y"] = trainer.model_wrapped(**batch)["loss"].item()
+        make(f"{folder}/parts", STEPS).train()
+        resumed = make(f"{folder}/parts", 2 * STEPS)
+        resumed.train(resume_from_checkpoint=True)
+        result["resumed"] = [row["eval_loss"] for row in resumed.state.log_history if "eval_loss" in row]
+    return result
+
+
+def with_optimizer_ignored(_: int) -> dict[str, Any]:
+    """What Trainer says that is given an optimizer and a config that names another."""
+    from transformers import Trainer, TrainingArguments
+
+    from ppsf_dist.integrations.transformers import attach
+
+    settings = config(1, torch.float32) | {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+    data = [{"inputs": torch.randn(WIDTH), "labels": torch.randn(())} for _ in range(4)]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, max_steps=1, lr_scheduler_type="constant", max_grad_norm=0.0, learning_rate=1e-3,
+            per_device_train_batch_size=1, deepspeed=settings, report_to=[], disable_tqdm=True,
+        )  # fmt: skip
+        model = Regression()
+        given = ProdigyPlusScheduleFree(model.parameters())
+        trainer = Trainer(model, arguments, train_dataset=data, optimizers=(given, None))
+        attach(trainer)
+        try:
+            trainer.train()
+        except TypeError as error:
+            return {"error": str(error)}
+    return {"error": ""}
 
 
 def main() -> None:
@@ -140,9 +188,11 @@ def main() -> None:
     from accelerate.state import AcceleratorState
 
     results = {}
-    for stage in (NO_DEEPSPEED, *STAGES) if kind == "trainer" else STAGES:
+    stages = {"accelerate": STAGES, "trainer": (NO_DEEPSPEED, *STAGES), "ignored": (1,)}[kind]
+    for stage in stages:
         torch.manual_seed(0)
-        results[stage] = {"accelerate": with_accelerate, "trainer": with_trainer}[kind](stage)
+        run = {"accelerate": with_accelerate, "trainer": with_trainer, "ignored": with_optimizer_ignored}[kind]
+        results[stage] = run(stage)
         # Otherwise the next one would have the config of this one.
         AcceleratorState._reset_state(reset_partial_state=True)
     if dist.get_rank() == 0:
