@@ -17,6 +17,7 @@ from ppsf_dist.engine.plan import Plan
 from ppsf_dist.engine.planning import Owner, Planner
 from ppsf_dist.engine.step import PartStep
 from ppsf_dist.engine.swap import Swap
+from ppsf_dist.engine.together import Waiting
 from ppsf_dist.methods.base import Cause, Method, StepNumbers, Total, merged
 from ppsf_dist.sharding import Group, Layout, Part, drop_gathered_copies
 from ppsf_dist.sharding.slots import describe, share_failure
@@ -38,6 +39,7 @@ class Engine(Planner):
         self._open: OpenStep | None = None
         self._begun: Begun | None = None
         self._torn: str | None = None
+        self._small = Waiting(self._step_small)
 
     def settle(self) -> None:
         """As of a planner; torn state is no state to save.
@@ -53,6 +55,7 @@ class Engine(Planner):
         """As of a planner; what has been begun is forgotten too."""
         super().forget(reason)
         self._drop_step()
+        self._small.forget()
         self._torn, self._unheard = None, []
 
     @property
@@ -94,7 +97,7 @@ class Engine(Planner):
             )
 
     def run_alone(self, param: Tensor) -> None:
-        """Step one parameter; one that comes a second time ends the step before.
+        """Step one parameter, a small one with others; one that comes a second time ends the step before.
 
         Raises:
             ValueError: the parameter belongs to no group.
@@ -111,11 +114,26 @@ class Engine(Planner):
                 "step_param() steps a parameter on its own, but this one is sharded and needs sums from other ranks in "
                 "the same order on all: call ppsf_dist.fsdp.step_in_backward(model, optimizer) in place of these hooks"
             )
-        if self._open is not None and self._open.stepped & part:
+        if param in self._small or (self._open is not None and self._open.stepped & part):
+            self._step_small()
             self._finish_step()
+        if not self._small.add(param):
+            self._step_alone(layout, part)
+        elif self._small.is_full:
+            self._step_small()
+
+    def _step_alone(self, layout: Layout, part: Part) -> None:
         plan = self.current_plan(part, layout)
         if plan is not None:
             self._step_part(part, plan)
+
+    @torch.no_grad()
+    def _step_small(self) -> None:
+        """Step the small parameters that wait for each other."""
+        with self._small.taken() as params:
+            if params:
+                layout = self.current_layout()
+                self._step_alone(layout, frozenset(layout.param_ids[param] for param in params))
 
     def run_some(self, params: list[Tensor]) -> None:
         """Step some parameters, on all ranks that hold pieces of them.
@@ -168,6 +186,7 @@ class Engine(Planner):
     def settle_backward(self) -> None:
         """End a step that nobody has ended, now that the backward pass must be over."""
         self._end_begun()
+        self._step_small()
         if self._open is not None and self.is_fused:
             self._finish_step()
 

@@ -137,13 +137,17 @@ class ProdigyPlusScheduleFree(AdaptiveOptimizer):
     @uncompiled
     @torch.no_grad()
     def step_param(self, p: Tensor, group: dict[str, Any] | None = None) -> None:
-        """Step one parameter at once, so that its gradient can be freed. For hooks that run during the backward pass.
+        """Step one parameter, so that its gradient can be freed. For hooks that run during the backward pass.
+
+        Small parameters wait for each other, with copies of their gradients (4 MB at most), and are stepped together,
+        at the end of the backward pass at the latest. Outside of one each is stepped at once.
 
         ``step()`` ends the step. For trainers that never call it, a parameter that comes a second time ends the step
         before, and so do ``eval()``, ``train()`` and ``state_dict()``. A parameter without a gradient changes nothing.
         To accumulate gradients, do not call this before the last backward pass.
 
-        A gradient that is not finite leaves its parameter, d and k as they were; what was stepped before stays stepped.
+        A gradient that is not finite leaves its parameter, those stepped with it, d and k as they were; what was
+        stepped before stays stepped.
 
         Args:
             p: a parameter of this optimizer.
