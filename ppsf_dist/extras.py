@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 
-def missing(error: ModuleNotFoundError, extra: str) -> ModuleNotFoundError:
+
+def missing(error: ModuleNotFoundError, extra: str, modules: Sequence[str] = ()) -> ModuleNotFoundError:
     """The error to raise in place of one that says that a module of an extra is not there.
 
     Args:
         error: of the import. One that misses something else is returned as it is.
-        extra: of this package; its first module has the same name.
+        extra: of this package.
+        modules: what it brings; by default one by its name.
     """
-    if (error.name or "").partition(".")[0] != extra:
+    module = (error.name or "").partition(".")[0]
+    if module not in (modules or (extra,)):
         return error
-    return ModuleNotFoundError(f"{extra} is not installed: pip install 'ppsf-dist[{extra}]'", name=error.name)
+    return ModuleNotFoundError(f"{module} is not installed: pip install 'ppsf-dist[{extra}]'", name=error.name)
