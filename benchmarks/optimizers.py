@@ -31,7 +31,7 @@ def _ours(choice: str = "auto", name: str = "ProdigyPlusScheduleFree", **argumen
 
 
 class _Captured:
-    """Steps by :class:`ppsf_dist.CapturedStep`."""
+    """Steps by ``ppsf_dist.CapturedStep``."""
 
     def __init__(self, params: list[nn.Parameter]) -> None:
         if not params[0].is_cuda:

@@ -1,4 +1,4 @@
-"""What a rank of :mod:`benchmarks.scaling` does, in a module that it can import."""
+"""What a rank of ``benchmarks.scaling`` does, in a module that it can import."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def factor(settings: Settings, step: int) -> float:
 
 
 class Handle:
-    """An optimizer of any of the :data:`NAMES` as the training loop wants it.
+    """An optimizer of any of the ``NAMES`` as the training loop wants it.
 
     Attributes:
         averages: whether evaluation takes an average of the weights.

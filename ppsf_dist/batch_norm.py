@@ -83,7 +83,7 @@ def recalibrate_batch_norm(
 
 
 def not_recalibrated(model: nn.Module) -> list[str]:
-    """The names of the BatchNorm layers whose running statistics :func:`recalibrate_batch_norm` has never taken."""
+    """The names of the BatchNorm layers whose running statistics ``recalibrate_batch_norm`` has never taken."""
     found = ((name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None)
     return [name for name, module in found if module not in _recalibrated]
 

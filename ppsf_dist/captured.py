@@ -56,7 +56,7 @@ class CapturedStep:
         TypeError: the optimizer is none of this package's own (a wrapped one launches its base optimizer's step).
         ValueError: ``warm_up`` is less than 1, or the optimizer steps in the backward pass.
         RuntimeError: later, from a call: the step cannot be captured, or what
-            :meth:`ppsf_dist.optimizers.base.DistributedOptimizer.step` raises.
+            ``ppsf_dist.optimizers.base.DistributedOptimizer.step`` raises.
     """
 
     def __init__(self, optimizer: DistributedOptimizer, *, warm_up: int = 3) -> None:
@@ -73,7 +73,7 @@ class CapturedStep:
         self._captured: tuple[Plan, Callable[[], object]] | None = None
 
     def __call__(self) -> None:
-        """Make a step, as :meth:`ppsf_dist.optimizers.base.DistributedOptimizer.step` does."""
+        """Make a step, as ``ppsf_dist.optimizers.base.DistributedOptimizer.step`` does."""
         plan = self._settled_plan()
         if plan is None:
             self._captured = None

@@ -206,10 +206,10 @@ class Model:
 
 
 class Foresee(Protocol):
-    """What knows a strategy. One of your own is registered with :func:`ppsf_dist.sharding.register`."""
+    """What knows a strategy. One of your own is registered with ``ppsf_dist.sharding.register``."""
 
     def __call__(self, strategy: str, model: Model, world_size: int, shards: int | None) -> Forecast:
-        """The forecast of a strategy, with the arguments of :func:`forecast`."""
+        """The forecast of a strategy, with the arguments of ``forecast``."""
 
 
 def forecast(

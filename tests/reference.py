@@ -20,7 +20,7 @@ RELATIVE = 2e-6
 
 
 def make_reference(parameters: dict[str, Any], groups: int = 1, **switches: Any) -> Reference:
-    """The reference on the same groups as :func:`tests.runs.make_optimizer`; what it prints is dropped."""
+    """The reference on the same groups as ``tests.runs.make_optimizer``; what it prints is dropped."""
     with contextlib.redirect_stdout(io.StringIO()):
         return Reference(make_groups(parameters, groups), **{"d0": D0, **switches})
 

@@ -146,7 +146,7 @@ QUICK_CASES: dict[str, int] = {
 
 
 def left_out(names: Sequence[str]) -> set[str]:
-    """Of the node ids of all tests those that the default leaves to ``--thorough`` by :data:`KEPT`.
+    """Of the node ids of all tests those that the default leaves to ``--thorough`` by ``KEPT``.
 
     Raises:
         ValueError: an entry of the table stands for no test.
@@ -165,7 +165,7 @@ def left_out(names: Sequence[str]) -> set[str]:
 
 
 def may_be_quick(path: str) -> bool:
-    """Whether a test file, relative to ``tests``, holds any of :data:`QUICK`: the others are not even imported."""
+    """Whether a test file, relative to ``tests``, holds any of ``QUICK``: the others are not even imported."""
     return any(part.partition("::")[0] == path or path.startswith(part) for part in QUICK)
 
 

@@ -121,7 +121,7 @@ class Explicit:
 
 @pytest.mark.parametrize("base", KEY_ERRORS)
 def test_the_reference_cannot_wrap_every_optimizer(base: str) -> None:
-    """Where it can, the formulas of :class:`Explicit` are not needed."""
+    """Where it can, the formulas of ``Explicit`` are not needed."""
     parameters = parameters_of(initial_weights(SHAPES))
     reference = make_reference(base, parameters)
     set_grads(parameters, next(iter(gradient_sequence(SHAPES, 1))))

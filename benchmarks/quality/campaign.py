@@ -26,7 +26,7 @@ class Campaign:
     """The records of a folder.
 
     Args:
-        folder: that holds them, or a file that :meth:`gather` has written, from which nothing can be run.
+        folder: that holds them, or a file that ``gather`` has written, from which nothing can be run.
     """
 
     def __init__(self, folder: Path) -> None:

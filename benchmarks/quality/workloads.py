@@ -50,7 +50,7 @@ class Workload:
         title: one line for a table.
         steps: of a training.
         lr: where AdamW's was best with the first seed: the grids begin around it, and grow.
-        counts: what :attr:`Task.evaluate` measures.
+        counts: what ``Task.evaluate`` measures.
         task: makes a training from a seed.
         target: share of right answers that AlgoPerf asks for, or 0.
     """

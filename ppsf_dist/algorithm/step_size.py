@@ -202,7 +202,7 @@ def speed_contribution(
         k: 1-based step of the parameter's group.
 
     Returns:
-        The new memory, the share in the numerator before :func:`prodigy_weight`, and the share in the denominator
+        The new memory, the share in the numerator before ``prodigy_weight``, and the share in the denominator
         (which is only reported).
     """
     first = old.max_x0_minus_l1_norm == 0

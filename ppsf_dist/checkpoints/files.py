@@ -35,7 +35,7 @@ _logger = logging.getLogger(__name__)
 
 
 class SafeReader(FileSystemReader):
-    """Torch's reader with a list of contents that is read through :func:`read_metadata`."""
+    """Torch's reader with a list of contents that is read through ``read_metadata``."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return read_metadata(Path(self.path))
@@ -55,7 +55,7 @@ class SafePlanner(DefaultLoadPlanner):
 
 
 class CheckpointFiles:
-    """A folder that a save has written. No function here is collective; :func:`open_checkpoint` is.
+    """A folder that a save has written. No function here is collective; ``open_checkpoint`` is.
 
     Args:
         folder: of the checkpoint.

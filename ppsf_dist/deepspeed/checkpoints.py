@@ -61,7 +61,7 @@ def to_deepspeed(method: Method, partition: Partition, state: State) -> dict[str
 
 
 def from_deepspeed(method: Method, partition: Partition, state_dict: dict[str, Any], state: State) -> None:
-    """Load what :func:`to_deepspeed` returned on this rank.
+    """Load what ``to_deepspeed`` returned on this rank.
 
     Raises:
         ValueError: it was returned by a rank with other slices, or the groups do not fit. Nothing is changed then.
@@ -221,7 +221,7 @@ def _write(shard: ZeroShard, entry: Entry, flats: Entry, slice_p: int) -> Entry:
 
 
 def _read(shard: ZeroShard, flats: Entry, aside: Entry, slice_p: int) -> Entry:
-    """The inverse of :func:`_write`, on the device of the weights."""
+    """The inverse of ``_write``, on the device of the weights."""
     device = shard.flat.device
     entry: Entry = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in aside.items()}
     first, packed = entry.pop("in_exp_avg"), entry.pop("packed")

@@ -74,12 +74,12 @@ def check_config(config: Config | str | Path, *, averages: bool | None = None) -
 
 
 def check_caller(frame: FrameType, groups: Sequence[Mapping[str, Any]]) -> None:
-    """:func:`check_engine` on the engine that runs in a frame of the stack."""
+    """``check_engine`` on the engine that runs in a frame of the stack."""
     check_engine(frame.f_locals["self"], groups)
 
 
 def check_engine(engine: DeepSpeedEngine, groups: Sequence[Mapping[str, Any]]) -> None:
-    """:func:`check_config` on the config of an engine, until it has passed once.
+    """``check_config`` on the config of an engine, until it has passed once.
 
     Args:
         engine: the engine that calls its optimizer.

@@ -1,4 +1,4 @@
-"""Checkpoints in the form of :mod:`ppsf_dist.fsdp`: from ZeRO to FSDP2, DDP or one device, and back.
+"""Checkpoints in the form of ``ppsf_dist.fsdp``: from ZeRO to FSDP2, DDP or one device, and back.
 
 Every tensor is gathered whole, one after the other, and written by one rank; each is read by all of them. So saving
 takes the memory of this rank's share of the checkpoint on the host, loading that of the largest parameter.
@@ -29,7 +29,7 @@ Location = str | os.PathLike[str]
 
 @torch.no_grad()
 def save_checkpoint(path: Location, engine: Any, extra: dict[str, Any] | None = None) -> None:
-    """Save weights and optimizer state so that :func:`ppsf_dist.fsdp.load_checkpoint` loads them on another layout.
+    """Save weights and optimizer state so that ``ppsf_dist.fsdp.load_checkpoint`` loads them on another layout.
 
     The weights are the fp32 ones. Every rank must call it, between steps; ``path`` must be shared.
 
@@ -40,7 +40,7 @@ def save_checkpoint(path: Location, engine: Any, extra: dict[str, Any] | None = 
 
     Raises:
         NotImplementedError: the model has experts, which are not the same on every rank.
-        TypeError, OSError, RuntimeError: as :func:`ppsf_dist.fsdp.save_checkpoint`.
+        TypeError, OSError, RuntimeError: as ``ppsf_dist.fsdp.save_checkpoint``.
     """
     run = _Run(engine)
 
@@ -55,7 +55,7 @@ def save_checkpoint(path: Location, engine: Any, extra: dict[str, Any] | None = 
 
 @torch.no_grad()
 def load_checkpoint(path: Location, engine: Any, *, verify: bool = True) -> dict[str, Any]:
-    """Load what :func:`save_checkpoint` or :func:`ppsf_dist.fsdp.save_checkpoint` saved. Every rank must call it.
+    """Load what ``save_checkpoint`` or ``ppsf_dist.fsdp.save_checkpoint`` saved. Every rank must call it.
 
     Args:
         path: folder of the checkpoint.

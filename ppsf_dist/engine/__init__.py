@@ -1,1 +1,1 @@
-"""How a step runs: the picture in :mod:`ppsf_dist.engine.step`, what it is planned from, its numbers on the device."""
+"""How a step runs: the picture in ``ppsf_dist.engine.step``, what it is planned from, its numbers on the device."""

@@ -1,6 +1,6 @@
 """How a step runs: when it begins and ends, what an exception does to it, and how weights and modes are swapped.
 
-The picture of a step is in :mod:`ppsf_dist.engine.step`, what it is planned from in :mod:`ppsf_dist.engine.planning`.
+The picture of a step is in ``ppsf_dist.engine.step``, what it is planned from in ``ppsf_dist.engine.planning``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Engine(Planner):
     """Everything between an optimizer's ``step()`` and its kernels.
 
     Args:
-        owner, method, process_group, seed: as of :class:`ppsf_dist.engine.planning.Planner`.
+        owner, method, process_group, seed: as of ``ppsf_dist.engine.planning.Planner``.
     """
 
     def __init__(self, owner: Owner, method: Method, process_group: dist.ProcessGroup | None, seed: int) -> None:

@@ -1,7 +1,7 @@
 """The numbers of an optimizer's groups, kept as fp64 vectors on the device.
 
 A step never waits for the host: what depends on d, k or a norm is computed from here, in a handful of vector operations
-over groups (:class:`ppsf_dist.methods.base.StepNumbers`). The plain numbers in ``param_groups`` are copies for people
+over groups (``ppsf_dist.methods.base.StepNumbers``). The plain numbers in ``param_groups`` are copies for people
 and loggers.
 """
 
@@ -37,7 +37,7 @@ class GroupNumbers:
         host: what the host may read when.
 
     Attributes:
-        rows: names of the rows of the table: the :attr:`adaptive` numbers of the method, and :data:`OF_THE_STEP`.
+        rows: names of the rows of the table: the ``adaptive`` numbers of the method, and ``OF_THE_STEP``.
         values: the table, rows by groups.
         heard, told: those of the first group as the host last heard of them after a step, and as observers were told.
     """
@@ -115,7 +115,7 @@ class GroupNumbers:
         """Write the numbers as they are now into ``param_groups``, waiting for the device if need be.
 
         Returns:
-            As :meth:`end_step`.
+            As ``end_step``.
         """
         if self.values.is_meta:
             return []

@@ -30,7 +30,7 @@ _CAUSES = (
 def _known_cause(numbers: Sequence[float]) -> int:
     """The cause not to write, from the sums of the table's columns, that of g^2 by row and column, and the outcomes.
 
-    On an accelerator :meth:`PartNumbers.verdict` says the same with tensors.
+    On an accelerator ``PartNumbers.verdict`` says the same with tensors.
     """
     state = numbers[Stat.DOT : Stat.LATE_MASK]
     gradients = (numbers[Stat.LARGEST_SQUARE], numbers[len(Stat)])
@@ -46,7 +46,7 @@ class Traits:
     The flags say what no parameter needs, so that nothing is computed for it.
 
     Attributes:
-        causes: not to write, by :data:`_CAUSES`.
+        causes: not to write, by ``_CAUSES``.
         one, zero: constants.
     """
 
@@ -151,7 +151,7 @@ class Verdict(NamedTuple):
 
     Attributes:
         active: bool vector over parameters: some rank has a gradient, and the group does not pause.
-        cause: the :class:`Cause` not to write, fp64, on the device.
+        cause: the ``Cause`` not to write, fp64, on the device.
         known: the same where the host may read it without waiting, else None.
     """
 
@@ -168,7 +168,7 @@ class Contribution(NamedTuple):
     """What a part adds to its step.
 
     Attributes:
-        totals: rows by :class:`ppsf_dist.methods.base.Total`, by groups, fp64.
+        totals: rows by ``ppsf_dist.methods.base.Total``, by groups, fp64.
         parameters: the numbers of its parameters after the step, if they are written.
     """
 
@@ -181,7 +181,7 @@ class PartNumbers:
 
     Args:
         step: those of the groups.
-        parameters: those that parameters keep, by :data:`ppsf_dist.state.inventory.PARAMETER_NUMBERS`.
+        parameters: those that parameters keep, by ``ppsf_dist.state.inventory.PARAMETER_NUMBERS``.
         traits: of the parameters.
         buffers: where the passes read them.
     """
@@ -215,7 +215,7 @@ class PartNumbers:
         self._gain = self._advance = None
 
     def fill_scales(self, stats: Tensor) -> None:
-        """Write :class:`Scales` from the sums of all ranks."""
+        """Write ``Scales`` from the sums of all ranks."""
         t = self._traits
         factor, rms = self._gain_and_rms(stats)
         amount, pull, late = rms * factor, t.zero, t.one

@@ -58,9 +58,9 @@ class Owner(Protocol):
 class Planner:
     """The plans of an optimizer, and when they are no longer those of its parameters.
 
-    A plan is made anew when parameters, switches or state are other ones, and after :meth:`forget`. Making one is
+    A plan is made anew when parameters, switches or state are other ones, and after ``forget``. Making one is
     collective. A rank that needs a new one while the others step by the old one says so in the sums of that step
-    (:class:`ppsf_dist.engine.reductions.Outcome`): then all of them raise, unless all need one.
+    (``ppsf_dist.engine.reductions.Outcome``): then all of them raise, unless all need one.
 
     Args:
         owner: the optimizer.

@@ -49,7 +49,7 @@ class Outcome(IntEnum):
 
 
 class Table:
-    """The sums of each parameter (rows by :class:`Stat`) and the outcomes, fp64, in one flat buffer."""
+    """The sums of each parameter (rows by ``Stat``) and the outcomes, fp64, in one flat buffer."""
 
     def __init__(self, slots: int, device: torch.device) -> None:
         self.flat = torch.zeros(slots * len(Stat) + len(Outcome), dtype=torch.float64, device=device)
@@ -123,7 +123,7 @@ class Reductions:
             self.masks.flat.zero_()
 
     def start(self) -> None:
-        """Begin the next all-reduce, of one tensor: it goes on until :meth:`finish`."""
+        """Begin the next all-reduce, of one tensor: it goes on until ``finish``."""
         place = self._done + len(self._pending)
         (tensor,) = self._sequence[place]
         if self.team.is_alone:
@@ -145,7 +145,7 @@ class Reductions:
                     self._done += self._pending.pop(0).has_arrived
 
     def reduce(self) -> None:
-        """The next all-reduce. Whether an exception in it came before or after the sums, :attr:`decided` knows."""
+        """The next all-reduce. Whether an exception in it came before or after the sums, ``decided`` knows."""
         self.finish()
         try:
             self.team.sum_(*self._sequence[self._done], why=self._why(self._done))
@@ -160,7 +160,7 @@ class Reductions:
         """Take part in the all-reduces of this step that are still to come, without a step, and say why.
 
         Returns:
-            How many ranks have said each :class:`Outcome`. Waits for the device.
+            How many ranks have said each ``Outcome``. Waits for the device.
         """
         self.finish()
         while not self.decided:

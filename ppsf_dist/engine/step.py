@@ -23,11 +23,11 @@ class Prepared(NamedTuple):
 
 
 class PartStep:
-    """One step of the parameters of a plan: :meth:`begin`, :meth:`measure`, then :meth:`write`.
+    """One step of the parameters of a plan: ``begin``, ``measure``, then ``write``.
 
     The first two only read. An exception in it undoes the step: there is nothing to undo. From the last sum on
     (``plan.reductions.decided``) the other ranks write, so this one must: what follows is computed from what is there,
-    and writing goes on where an exception has ended it, if :meth:`write` is called again.
+    and writing goes on where an exception has ended it, if ``write`` is called again.
     """
 
     def __init__(self, plan: Plan, step: StepNumbers) -> None:
@@ -42,7 +42,7 @@ class PartStep:
 
         Args:
             goes_ahead: whether reduce 1 begins at once, if nothing else rides with it, and goes on until
-                :meth:`measure`. Otherwise it begins there.
+                ``measure``. Otherwise it begins there.
         """
         plan, passes, reductions = self.plan, self.plan.passes, self.plan.reductions
         if not plan.host.captures:

@@ -41,7 +41,7 @@ def step_in_backward(model: nn.Module, optimizer: ProdigyPlusScheduleFree) -> St
     changed between backward pass and step: no clipping of the global norm and no ``GradScaler``.
 
     To accumulate gradients use ``model.set_requires_gradient_sync(False)`` of FSDP2, or on any model
-    :meth:`StepInBackward.accumulating`, for all backward passes but the last.
+    ``StepInBackward.accumulating``, for all backward passes but the last.
 
     Args:
         model: the model, after ``fully_shard``.
@@ -60,7 +60,7 @@ def step_in_backward(model: nn.Module, optimizer: ProdigyPlusScheduleFree) -> St
 
 
 class StepInBackward:
-    """What :func:`step_in_backward` returns."""
+    """What ``step_in_backward`` returns."""
 
     def __init__(self, model: nn.Module, optimizer: ProdigyPlusScheduleFree) -> None:
         if not optimizer._engine.is_fused:

@@ -27,11 +27,12 @@ def save_checkpoint(
 
     The checkpoint is written beside the one before, which is removed only when the new one is complete and on disk: a
     save that is killed half-way leaves the previous one loadable. Nothing else in ``path`` is removed or written over.
-    From its first save on a process keeps ``path`` for itself, until it ends or calls :func:`release_checkpoint`.
+    From its first save on a process keeps ``path`` for itself, until it ends or calls ``release_checkpoint``.
 
     Args:
         path: folder of this run's checkpoint.
-        model, optimizer: in training or in evaluation mode; the mode is saved too.
+        model: what is trained.
+        optimizer: of the model, in training or in evaluation mode; the mode is saved too.
         extra: values that JSON can hold, such as the number of steps done. They come back as JSON has them: tuples as
             lists, keys as strings. Those of the first rank are saved.
 
@@ -41,7 +42,7 @@ def save_checkpoint(
         OSError: some rank cannot write.
         RuntimeError: another job saves to ``path``.
 
-        All are raised on every rank, with the rank that failed and the cause. The checkpoint before stays.
+    All are raised on every rank, with the rank that failed and the cause. The checkpoint before stays.
     """
 
     def state() -> dict[str, Any]:
@@ -53,14 +54,15 @@ def save_checkpoint(
 def load_checkpoint(
     path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, *, verify: bool = True
 ) -> dict[str, Any]:
-    """Load what :func:`save_checkpoint` saved, on any number of ranks and any layout. Every rank must call it.
+    """Load what ``save_checkpoint`` saved, on any number of ranks and any layout. Every rank must call it.
 
     Everything is read before the first weight is written, so for a moment there are two copies of the weights that this
     rank holds. A checkpoint of a stranger runs no code (``docs/security.md``).
 
     Args:
         path: folder of the run's checkpoint.
-        model, optimizer: to load into; modes are restored too.
+        model: to load into.
+        optimizer: to load into; its mode is restored too.
         verify: compare each file with its checksum before it is used. The ranks share the files between them, and it
             takes less time than reading them.
 
@@ -72,7 +74,7 @@ def load_checkpoint(
         ValueError: the checkpoint was made with other switches or shapes, or it is damaged; the message names what.
             Nothing is changed then.
 
-        Both are raised on every rank, with the rank that failed and the cause.
+    Both are raised on every rank, with the rank that failed and the cause.
     """
     files = open_checkpoint(path, verify=verify)
     state: dict[str, Any] = {

@@ -10,7 +10,7 @@ from ppsf_dist.sharding.geometry import Shape, chunk
 
 
 def forecast(strategy: str, model: Model, world_size: int, shards: int | None) -> Forecast:
-    """What "fsdp" and "hsdp" cost; arguments as of :func:`ppsf_dist.dry_run.forecast`.
+    """What "fsdp" and "hsdp" cost; arguments as of ``ppsf_dist.dry_run.forecast``.
 
     Raises:
         ValueError: ``world_size`` is no multiple of ``shards`` for "hsdp", or a parameter without dimensions is cut.

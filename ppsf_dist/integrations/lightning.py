@@ -38,7 +38,7 @@ class ScheduleFreeMixin(_Base):
     saves before callbacks that come after it are asked, and those before it bring training back too early.
 
     Whatever triggers a checkpoint, its ``state_dict`` is the average x, and training goes on from y bit for bit. A
-    checkpoint from the middle of training holds y as well, under :data:`TRAINING_WEIGHTS` (beside the states of the
+    checkpoint from the middle of training holds y as well, under ``TRAINING_WEIGHTS`` (beside the states of the
     optimizers where a ModelParallelStrategy writes shards, in the optimizer's under DeepSpeed), unless it is
     ``save_weights_only``. After ``fit()`` the model is the average.
 

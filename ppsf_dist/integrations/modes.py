@@ -11,7 +11,7 @@ LOGGED = ("d", "d_lr", "d_effective_lr")
 
 
 def step_sizes(optimizer: DistributedOptimizer) -> dict[str, float]:
-    """d, d * lr and d * effective_lr by the names of :data:`LOGGED`; nothing for a class that finds no d."""
+    """d, d * lr and d * effective_lr by the names of ``LOGGED``; nothing for a class that finds no d."""
     found: dict[str, float] = {}
     for name in LOGGED:
         factor = name.removeprefix("d").removeprefix("_")

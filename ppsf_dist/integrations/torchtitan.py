@@ -62,7 +62,7 @@ class ScheduleFreeOptimizers(_Container):
     So all pipeline stages share d. ``Trainer.Config(optimizer=ScheduleFreeOptimizers.Config())`` trains with the
     recommended setting; give it a constant schedule, ``LRSchedulersContainer.Config(warmup_steps=0, decay_ratio=0.0)``.
 
-    ``averaged(container)`` evaluates with the average, :meth:`train` and :meth:`eval` swap. Checkpoints have
+    ``averaged(container)`` evaluates with the average, ``train`` and ``eval`` swap. Checkpoints have
     torchtitan's flat keys, by the names of parameters, so that another number of stages can load them.
 
     Args:

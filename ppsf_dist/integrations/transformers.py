@@ -61,7 +61,7 @@ def attach(trainer: Trainer, *, schedule: bool = False, clip: bool = False) -> N
 
 
 class StepSizeCallback(TrainerCallback):
-    """Adds d to the logs. It must come before the callbacks that write them: :func:`attach` sees to that."""
+    """Adds d to the logs. It must come before the callbacks that write them: ``attach`` sees to that."""
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the step sizes to the logs of a training step."""
@@ -74,7 +74,7 @@ class StepSizeCallback(TrainerCallback):
 
 
 class AverageCallback(TrainerCallback):
-    """Swaps to the average before Trainer evaluates or saves. It must come last: :func:`attach` sees to that."""
+    """Swaps to the average before Trainer evaluates or saves. It must come last: ``attach`` sees to that."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,7 +1,7 @@
 """The three passes over memory.
 
-:mod:`ppsf_dist.kernels.interface` says what a backend computes; :mod:`ppsf_dist.kernels.eager` is the readable one
-that runs anywhere and that every faster one is tested against; :mod:`ppsf_dist.kernels.choice` chooses.
+``ppsf_dist.kernels.interface`` says what a backend computes; ``ppsf_dist.kernels.eager`` is the readable one
+that runs anywhere and that every faster one is tested against; ``ppsf_dist.kernels.choice`` chooses.
 """
 
 from __future__ import annotations

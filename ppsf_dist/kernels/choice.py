@@ -79,7 +79,7 @@ class Fast(NamedTuple):
 
 
 class ChosenKernels:
-    """Implements :class:`ppsf_dist.kernels.interface.Kernels` by the backends that there are.
+    """Implements ``ppsf_dist.kernels.interface.Kernels`` by the backends that there are.
 
     Raises:
         ValueError: the environment variable ``PPSF_KERNELS`` is none of its choices.
@@ -187,7 +187,7 @@ class ChosenPart(NamedTuple):
 
 
 class ChosenPasses:
-    """The passes of :class:`ppsf_dist.kernels.interface.Passes` over everything in a plan, by several backends.
+    """The passes of ``ppsf_dist.kernels.interface.Passes`` over everything in a plan, by several backends.
 
     Args:
         parts: what belongs to no shard is done by the first.

@@ -63,7 +63,7 @@ class Piece(ctypes.Structure):
 
 
 class Sum(IntEnum):
-    """The sums of one task: those of :class:`ppsf_dist.methods.sums.Stat` from LARGEST_SQUARE on, in their order."""
+    """The sums of one task: those of ``ppsf_dist.methods.sums.Stat`` from LARGEST_SQUARE on, in their order."""
 
     LARGEST_SQUARE = 0
     DOT = 1

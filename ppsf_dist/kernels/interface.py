@@ -1,4 +1,4 @@
-"""What a backend of kernels is given and what it computes. Every backend implements :class:`Kernels`."""
+"""What a backend of kernels is given and what it computes. Every backend implements ``Kernels``."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ class Buffers:
         new_moments: the factored moments after the step, until they are written.
         adopt: which parameters ADOPT steps, a bool vector over them: they are divided by the moments before the step.
             None where it steps none.
-        scales: the table of :class:`Scales`, fp32.
+        scales: the table of ``Scales``, fp32.
         keys: of stochastic rounding, int32 vector over parameters.
         gates: what pass 3 writes.
         sums: sums of g^2 by row and column, flat, fp32; added to by pass 1.
-        stats: the table of sums, parameters by :class:`ppsf_dist.methods.sums.Stat`, fp64; added to by passes 1 and 2.
+        stats: the table of sums, parameters by ``ppsf_dist.methods.sums.Stat``, fp64; added to by passes 1 and 2.
         masks: another one, added to by ``count_masks``; None where no switch asks for it.
     """
 
@@ -134,7 +134,7 @@ class Passes(Protocol):
         """Size of the mask of the schedule-free cautious update."""
 
     def write_moments(self, writes: Writes) -> None:
-        """``new_moments`` in place of the old ones, of the parameters whose gate is open. As of :meth:`pass_3`."""
+        """``new_moments`` in place of the old ones, of the parameters whose gate is open. As of ``pass_3``."""
 
     def pass_3(self, known: KnownGates | None, writes: Writes) -> None:
         """Write y, z, the elementwise moments and s, through ``writes``: an exception in here is a pause.

@@ -28,7 +28,7 @@ class Memory:
         shards, switches, state: as a backend's ``prepare`` is given them.
 
     Attributes:
-        table: a row for each shard, by :data:`ppsf_dist.kernels.codes.ADDRESSES`; 0 where something is not there.
+        table: a row for each shard, by ``ppsf_dist.kernels.codes.ADDRESSES``; 0 where something is not there.
         weights: of this step.
         packed: of each shard the samples of z, one after the other, where it has some.
     """

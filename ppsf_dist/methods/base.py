@@ -52,11 +52,11 @@ class Total(IntEnum):
     UPDATE_SQUARE = 4
     """Square of the update's length before decay and masks. NaN where no pass measures it."""
     CAUSE = 5
-    """The largest :class:`Cause` of a part that changed nothing."""
+    """The largest ``Cause`` of a part that changed nothing."""
 
 
 def merged(parts: Sequence[Tensor]) -> Tensor:
-    """The totals of several parts (rows by :class:`Total`)."""
+    """The totals of several parts (rows by ``Total``)."""
     if len(parts) == 1:
         return parts[0]
     every = torch.stack(list(parts))
@@ -81,7 +81,7 @@ class Parameters(Protocol):
 
 
 class GroupTable(Protocol):
-    """The adaptive numbers of all groups on the device (:class:`ppsf_dist.engine.group_numbers.GroupNumbers`)."""
+    """The adaptive numbers of all groups on the device (``ppsf_dist.engine.group_numbers.GroupNumbers``)."""
 
     values: Tensor
     rows: tuple[str, ...]
@@ -96,7 +96,7 @@ class GroupTable(Protocol):
 class StepNumbers(ABC):
     """The numbers of one step that belong to a group: what it starts with, and what its parts add up to.
 
-    A method's subclass sets :attr:`delta`, :attr:`c` and :attr:`q`: vectors over groups in fp64.
+    A method's subclass sets ``delta``, ``c`` and ``q``: vectors over groups in fp64.
 
     Attributes:
         delta: length of the step.
@@ -138,7 +138,7 @@ class StepNumbers(ABC):
         """The numbers that scale the formulas, by name: vectors over groups.
 
         These are those of Schedule-Free; what else its formulas need a method adds, and lists all of them in
-        :attr:`Method.coefficients`.
+        ``Method.coefficients``.
         """
         h, delta, one = self.hyper, self.delta, torch.ones_like(self.k)
         return {
@@ -161,7 +161,7 @@ class StepNumbers(ABC):
         The weight of a step in them is the group's, and comes later.
 
         Args:
-            stats: sums of all ranks, parameters by :class:`ppsf_dist.methods.sums.Stat`.
+            stats: sums of all ranks, parameters by ``ppsf_dist.methods.sums.Stat``.
             of: the parameters.
             counted: bool vector over parameters: those that count.
             after: the numbers of the parameters after the step; what the method remembers of one goes in here.
@@ -169,10 +169,10 @@ class StepNumbers(ABC):
         return stats[:, Stat.DOT], stats[:, Stat.S_L1]
 
     def learn(self, totals: Tensor) -> None:
-        """Take in the sums of all parts before anything is written: where :attr:`Method.d_timing` is "current".
+        """Take in the sums of all parts before anything is written: where ``Method.d_timing`` is "current".
 
         Args:
-            totals: rows by :class:`Total`. Coefficients and :attr:`moves` are asked for again afterwards.
+            totals: rows by ``Total``. Coefficients and ``moves`` are asked for again afterwards.
         """
         return
 
@@ -182,7 +182,7 @@ class StepNumbers(ABC):
         An exception leaves them as they were, or as they will be: call it again to bring it to its end.
 
         Args:
-            totals: what its parts add up to, rows by :class:`Total`.
+            totals: what its parts add up to, rows by ``Total``.
         """
         if self._after is None:
             self._after = self._numbers_after(totals)
@@ -214,7 +214,7 @@ class StepNumbers(ABC):
 
         Args:
             numbers: by name, vectors over groups.
-            totals: what the parts of the step add up to, rows by :class:`Total`.
+            totals: what the parts of the step add up to, rows by ``Total``.
         """
 
 
@@ -231,7 +231,7 @@ class Method(ABC):
         coefficients: names of the numbers of a step that scale its formulas.
         d_timing: "next": a step writes with the d that it began with. "current": with the d that its own sums make, so
             that of a step in several parts nothing is written before the last of them has its sums.
-        hyper: numbers that are read from a group's arguments at each step (:meth:`hyper_row` fills them).
+        hyper: numbers that are read from a group's arguments at each step (``hyper_row`` fills them).
         structural: arguments that decide which state there is: a checkpoint made with other ones does not fit.
         younger: arguments that the reference and the checkpoints of earlier releases do not have.
         foreign: what the reference keeps in groups and state for itself and nothing here needs.
@@ -266,7 +266,7 @@ class Method(ABC):
 
     @abstractmethod
     def hyper_row(self, group: Mapping[str, Any]) -> tuple[float, ...]:
-        """The arguments of a group as numbers, in the order of :attr:`hyper`."""
+        """The arguments of a group as numbers, in the order of ``hyper``."""
 
     @abstractmethod
     def beta1(self, group: Mapping[str, Any]) -> float:

@@ -23,7 +23,7 @@ class Stat(IntEnum):
     EARLY_MASK = 6
     """Number of elements whose gradient and momentum agree."""
     UU = 7
-    """Sum of u^2, in units of the direction before :class:`ppsf_dist.kernels.interface.Scales`."""
+    """Sum of u^2, in units of the direction before ``ppsf_dist.kernels.interface.Scales``."""
     WW = 8
     """Sum of w^2."""
     WU = 9

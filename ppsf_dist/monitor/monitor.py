@@ -29,7 +29,7 @@ class Monitor:
 
     Each row has ``step``, ``skipped`` (steps that changed nothing so far), ``seconds`` since the monitor began,
     ``step_share`` (the part of the time since the last row that was spent in the optimizer's step, by the host's
-    clock), what :meth:`log` was given, and ``groups``, one for each parameter group:
+    clock), what ``log`` was given, and ``groups``, one for each parameter group:
 
     * ``d``: the step size that was found. ``d_lr`` is d times lr, the length of a step of z; ``d_effective_lr`` is d
       times effective_lr, the part of it that the training weights y take at once (effective_lr alone is without d).
@@ -45,7 +45,7 @@ class Monitor:
     Args:
         optimizer: of this package, or what a trainer has put around one.
         every: steps between two rows.
-        to: where rows go, beside :attr:`rows`: a path for a ``.jsonl`` file, a ``SummaryWriter``, a run of W&B, the
+        to: where rows go, beside ``rows``: a path for a ``.jsonl`` file, a ``SummaryWriter``, a run of W&B, the
             module ``mlflow``, a function of one row, or several of these.
         model: to look for BatchNorm in.
         settings: what tells this run from others, for the first line of a file; the optimizer's own are there already.

@@ -12,7 +12,7 @@ class AdamWScheduleFree(DistributedOptimizer):
     """AdamW with Schedule-Free averaging in place of momentum and of a schedule, on every layout.
 
     Arguments, defaults and numerics are those of schedulefree 1.4.1; what differs is said of
-    :class:`ppsf_dist.SGDScheduleFree`, and so is when to call :meth:`train` and :meth:`eval`.
+    ``ppsf_dist.SGDScheduleFree``, and so is when to call ``train`` and ``eval``.
 
     Args:
         params: parameters, named parameters, or groups of them.
@@ -56,11 +56,11 @@ class RAdamScheduleFree(DistributedOptimizer):
     """The same with RAdam's rectification in place of a warm-up.
 
     Arguments, defaults and numerics are those of schedulefree 1.4.1; what differs is said of
-    :class:`ppsf_dist.SGDScheduleFree`, and so is when to call :meth:`train` and :meth:`eval`.
+    ``ppsf_dist.SGDScheduleFree``, and so is when to call ``train`` and ``eval``.
+
+    Arguments that are not listed are as of ``ppsf_dist.AdamWScheduleFree``.
 
     Args:
-        params, lr, betas, eps, weight_decay, r, weight_lr_power, foreach, process_group: as of
-            :class:`ppsf_dist.AdamWScheduleFree`.
         silent_sgd_phase: the first steps, in which the second moment says too little, have length 0; otherwise they are
             those of SGD with lr.
 

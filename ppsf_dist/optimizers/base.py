@@ -29,7 +29,7 @@ OF_THE_WHOLE = ("decouple_lr", "process_group", "seed")
 
 
 class DistributedOptimizer(Optimizer):
-    """What all optimizers here have in common: the face towards torch. How a step runs: :mod:`ppsf_dist.engine`.
+    """What all optimizers here have in common: the face towards torch. How a step runs: ``ppsf_dist.engine``.
 
     The result does not depend on how parameters are sharded: give it the parameters of a model on one device, under
     DDP, or under ``fully_shard``, and the weights are those of one process.
@@ -48,9 +48,9 @@ class DistributedOptimizer(Optimizer):
     method: ClassVar[Method]
     """What the optimizer is."""
     starts_in_train_mode: ClassVar[bool] = True
-    """Whether weights are the training weights between steps, until :meth:`eval` is called."""
+    """Whether weights are the training weights between steps, until ``eval`` is called."""
     was_evaluated: bool = False
-    """Whether :meth:`eval` has ever been called, as :func:`ppsf_dist.averaged` does."""
+    """Whether ``eval`` has ever been called, as ``ppsf_dist.averaged`` does."""
 
     def __init__(
         self, params: Params, defaults: Group, *, process_group: dist.ProcessGroup | None = None, seed: int = 0
@@ -122,7 +122,7 @@ class DistributedOptimizer(Optimizer):
         is missing, for checkpoints).
 
         If any gradient element (or its square in fp32) on any of the ranks that share the parameters is not finite, or
-        a number of a group is not, nothing changes on any of them and :attr:`skipped_steps` grows. Under DDP ranks
+        a number of a group is not, nothing changes on any of them and ``skipped_steps`` grows. Under DDP ranks
         share nothing: each decides for itself.
 
         An exception undoes the step or comes after its end. Where a framework steps in parts, the parts before it stay.
@@ -145,7 +145,7 @@ class DistributedOptimizer(Optimizer):
         """Put the averaged weights x into the parameters. Does nothing if they are there already.
 
         Args:
-            keep: keep a copy of the training weights, so that :meth:`train` brings them back bit for bit. Otherwise
+            keep: keep a copy of the training weights, so that ``train`` brings them back bit for bit. Otherwise
                 it computes them, which loses some digits each time.
 
         Raises:
@@ -166,7 +166,7 @@ class DistributedOptimizer(Optimizer):
         """Put the training weights y into the parameters. Does nothing if they are there already.
 
         Args:
-            mode: False means :meth:`eval`.
+            mode: False means ``eval``.
         """
         if not mode:
             self.eval()
@@ -178,11 +178,11 @@ class DistributedOptimizer(Optimizer):
 
         It costs no wait: what it gets comes with the numbers that go to the host anyway. On a CPU it is called at the
         end of the step itself; on an accelerator in a later call of ``step()``, or in one that waits for the device
-        (:meth:`state_dict`, :attr:`skipped_steps`). Steps come in order, each once; those that have not been told of
+        (``state_dict``, ``skipped_steps``). Steps come in order, each once; those that have not been told of
         when a checkpoint is loaded are not. It may be set on one rank alone: all have the same numbers.
 
         Args:
-            observer: called with a :class:`ppsf_dist.StepReport`. An exception in it comes after the end of the step.
+            observer: called with a ``ppsf_dist.StepReport``. An exception in it comes after the end of the step.
 
         Returns:
             A handle whose ``remove()`` takes the observer away.

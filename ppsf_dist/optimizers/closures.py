@@ -40,7 +40,7 @@ class ClosureForm(DistributedOptimizer):
 
         Raises:
             ValueError: there is no closure.
-            RuntimeError, ValueError: as of :meth:`ppsf_dist.SGDScheduleFree.step`. The weights are the average again.
+            RuntimeError, ValueError: as of ``ppsf_dist.SGDScheduleFree.step``. The weights are the average again.
         """
         if closure is None and not self.state and all(float(group["lr"]) == 0 for group in self.param_groups):
             # With which distributed checkpoints create state.
@@ -59,15 +59,13 @@ class ClosureForm(DistributedOptimizer):
 
     @uncompiled
     def train(self, mode: bool = True) -> None:
-        """Nothing: :meth:`step` itself goes to the training weights and back."""
+        """Nothing: ``step`` itself goes to the training weights and back."""
 
 
 class SGDScheduleFreeClosure(ClosureForm):
-    """:class:`ppsf_dist.SGDScheduleFree` for programs whose ``step()`` takes a closure.
+    """``ppsf_dist.SGDScheduleFree`` for programs whose ``step()`` takes a closure.
 
-    Args:
-        params, lr, weight_decay, momentum, warmup_steps, r, weight_lr_power, foreach, process_group: as there; the
-            order is that of the closure form of schedulefree 1.4.1.
+    Arguments are as there; their order is that of the closure form of schedulefree 1.4.1.
 
     Raises:
         ValueError: an argument is out of range or misspelt.
@@ -93,10 +91,9 @@ class SGDScheduleFreeClosure(ClosureForm):
 
 
 class AdamWScheduleFreeClosure(ClosureForm):
-    """:class:`ppsf_dist.AdamWScheduleFree` for programs whose ``step()`` takes a closure.
+    """``ppsf_dist.AdamWScheduleFree`` for programs whose ``step()`` takes a closure.
 
-    Args:
-        params, lr, betas, eps, weight_decay, warmup_steps, r, weight_lr_power, foreach, process_group: as there.
+    Arguments are as there.
 
     Raises:
         ValueError: an argument is out of range or misspelt.
@@ -123,10 +120,9 @@ class AdamWScheduleFreeClosure(ClosureForm):
 
 
 class RAdamScheduleFreeClosure(ClosureForm):
-    """:class:`ppsf_dist.RAdamScheduleFree` for programs whose ``step()`` takes a closure.
+    """``ppsf_dist.RAdamScheduleFree`` for programs whose ``step()`` takes a closure.
 
-    Args:
-        params, lr, betas, eps, weight_decay, r, weight_lr_power, foreach, silent_sgd_phase, process_group: as there.
+    Arguments are as there.
 
     Raises:
         ValueError: an argument is out of range or misspelt.

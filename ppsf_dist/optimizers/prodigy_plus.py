@@ -32,8 +32,8 @@ class ProdigyPlusScheduleFree(AdaptiveOptimizer):
     The result does not depend on how parameters are sharded: give it the parameters of a model on one device, under
     DDP, or under ``fully_shard``, and d and the weights are those of one process.
 
-    Call :meth:`train` before training and :meth:`eval` before evaluating or saving weights, where you call the model's,
-    or evaluate inside :func:`ppsf_dist.averaged`.
+    Call ``train`` before training and ``eval`` before evaluating or saving weights, where you call the model's,
+    or evaluate inside ``ppsf_dist.averaged``.
 
     Every argument except ``params`` and those after the star can be set for each parameter group; ``split_groups``,
     ``split_groups_mean`` and ``fused_back_pass`` must agree.
@@ -61,9 +61,13 @@ class ProdigyPlusScheduleFree(AdaptiveOptimizer):
         use_schedulefree: average instead of a schedule; without it, momentum.
         use_speed: SPEED's rule for d.
         stochastic_rounding: round bf16 parameters stochastically.
-        fused_back_pass: parameters are stepped during the backward pass, by :meth:`step_param` or by
-            :func:`ppsf_dist.fsdp.step_in_backward`, and ``step()`` only ends the step.
-        use_cautious, use_grams, use_adopt, use_orthograd, use_focus: variants of the update.
+        fused_back_pass: parameters are stepped during the backward pass, by ``step_param`` or by
+            ``ppsf_dist.fsdp.step_in_backward``, and ``step()`` only ends the step.
+        use_cautious: step only where the direction has the sign of the gradient.
+        use_grams: take the sign from the gradient and the size from the momentum; without Schedule-Free.
+        use_adopt: divide by the second moment before the step.
+        use_orthograd: leave out of the gradient what lies along the weights.
+        use_focus: a step of signs, towards the average of the weights.
         decouple_lr: former name of ``not weight_decay_by_lr``; deprecated.
         beta4: 0, and d never falls; above 0, d is the running average of its estimates with this decay, which may fall
             (0.99 to 0.999; lower is noisier), as in the first version of prodigy-plus-schedule-free; None for betas[1].
@@ -165,7 +169,7 @@ class ProdigyPlusScheduleFree(AdaptiveOptimizer):
         self._engine.run_alone(p)
 
     def step_parameter(self, p: Tensor, group: dict[str, Any] | None = None, i: int | None = None) -> None:
-        """The same as :meth:`step_param` for trainers that also pass the parameter's index in its group."""
+        """The same as ``step_param`` for trainers that also pass the parameter's index in its group."""
         self.step_param(p, group)
 
     def supports_fused_back_pass(self) -> bool:

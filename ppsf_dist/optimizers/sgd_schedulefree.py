@@ -12,12 +12,12 @@ class SGDScheduleFree(DistributedOptimizer):
     """SGD with Schedule-Free averaging in place of momentum and of a schedule, on every layout.
 
     Arguments, defaults and numerics are those of schedulefree 1.4.1, but that it begins in training mode (weights and
-    their average are the same then), computes 16-bit weights in fp32 and keeps them aside in :meth:`eval`, and changes
+    their average are the same then), computes 16-bit weights in fp32 and keeps them aside in ``eval``, and changes
     nothing on a gradient that is not finite. Ranks exchange one small sum in a step, which tells of such a gradient; a
     process that holds all its parameters (one device, DDP) exchanges nothing.
 
-    Call :meth:`train` before training and :meth:`eval` before evaluating or saving weights, where you call the model's,
-    or evaluate inside :func:`ppsf_dist.averaged`. Every argument except ``params`` and those after the star can be set
+    Call ``train`` before training and ``eval`` before evaluating or saving weights, where you call the model's,
+    or evaluate inside ``ppsf_dist.averaged``. Every argument except ``params`` and those after the star can be set
     for each parameter group.
 
     Args:

@@ -40,10 +40,10 @@ class ScheduleFreeWrapper(Optimizer):
     its place (but leave Prodigy its own, which bounds its steps while d grows). Arguments, defaults and numerics are
     those of schedulefree 1.4.1; what differs is listed in ``docs/differences.md``. The result does not depend on how
     parameters are sharded, as far as the base optimizer's does not: element by element with torch's, and for a step
-    size d with :class:`ppsf_dist.Prodigy`.
+    size d with ``ppsf_dist.Prodigy``.
 
-    Call :meth:`train` before training and :meth:`eval` before evaluating or saving weights, where you call the model's,
-    or evaluate inside :func:`ppsf_dist.averaged`. Checkpoints hold the base's state, and z beside it.
+    Call ``train`` before training and ``eval`` before evaluating or saving weights, where you call the model's,
+    or evaluate inside ``ppsf_dist.averaged``. Checkpoints hold the base's state, and z beside it.
 
     Before each step all ranks tell each other whether a gradient is not finite, and wait for the answer: a base
     optimizer cannot take a step back. Such a step changes nothing. A parameter without a gradient stays as it is.
@@ -104,7 +104,7 @@ class ScheduleFreeWrapper(Optimizer):
 
     @property
     def state(self) -> Any:  # type: ignore[override]
-        """The state of the base optimizer; the sequence z of each parameter is in :attr:`z`."""
+        """The state of the base optimizer; the sequence z of each parameter is in ``z``."""
         return self.base.state
 
     @property
@@ -130,7 +130,7 @@ class ScheduleFreeWrapper(Optimizer):
         """One step of the base optimizer on z, and of the average. Without a gradient anywhere it changes nothing.
 
         If any gradient element (or its square in fp32) is not finite on any of the ranks that share the parameters,
-        nothing changes on any of them and :attr:`skipped_steps` grows. Under DDP each rank decides for itself.
+        nothing changes on any of them and ``skipped_steps`` grows. Under DDP each rank decides for itself.
 
         An exception of the base optimizer leaves weights and average as they were, as far as the base does with z.
 
@@ -201,7 +201,7 @@ class ScheduleFreeWrapper(Optimizer):
         """Put the averaged weights x into the parameters. Does nothing if they are there already.
 
         Args:
-            keep: keep a copy of the training weights, so that :meth:`train` brings them back bit for bit; those of 16
+            keep: keep a copy of the training weights, so that ``train`` brings them back bit for bit; those of 16
                 bits are always kept.
         """
         for group, points in self._changing(train=False):
@@ -217,7 +217,7 @@ class ScheduleFreeWrapper(Optimizer):
         """Put the training weights y into the parameters. Does nothing if they are there already.
 
         Args:
-            mode: False means :meth:`eval`.
+            mode: False means ``eval``.
         """
         if not mode:
             self.eval()

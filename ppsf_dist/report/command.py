@@ -38,7 +38,7 @@ def write_report(paths: Sequence[Path], output: Path) -> None:
     """Print the table of some runs, and write their picture and page into a folder.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`ppsf_dist.report.runs.read_runs`; nothing is written.
+        FileNotFoundError, ValueError: as ``ppsf_dist.report.runs.read_runs``; nothing is written.
         ModuleNotFoundError: the ``report`` extra is not there.
     """
     try:

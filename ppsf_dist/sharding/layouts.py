@@ -119,7 +119,7 @@ class Layout:
         return None
 
     def load_state_dict(self, method: Method, state_dict: dict[str, Any], state: State) -> bool:
-        """Load what :meth:`state_dict` made; False if it is something else."""
+        """Load what ``state_dict`` made; False if it is something else."""
         return False
 
     def take_over(self, method: Method, state: State) -> bool:

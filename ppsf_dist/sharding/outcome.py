@@ -62,7 +62,7 @@ def told_by_first(team: Team, task: Callable[[], Result]) -> Result:
     """Run something on the first rank of a team and return its result, which must be picklable, on every rank.
 
     Raises:
-        Exception: as :func:`together`.
+        Exception: as ``together``.
     """
     _, results = _run(team, lambda: task() if team.is_first else None, shared=True)
     told = results[0]
@@ -73,7 +73,7 @@ def from_every_rank(team: Team, task: Callable[[], Result]) -> list[Result]:
     """Run something on every rank of a team and return all results, which must be picklable, on every rank.
 
     Raises:
-        Exception: as :func:`together`.
+        Exception: as ``together``.
     """
     _, results = _run(team, task, shared=True)
     return results

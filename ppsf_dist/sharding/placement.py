@@ -55,7 +55,7 @@ def placement_of(parameters: Sequence[Tensor], process_group: dist.ProcessGroup 
     """The placement of some parameters: found at the first of many calls with the same ones.
 
     Raises:
-        NotImplementedError, ValueError: as :func:`ppsf_dist.sharding.finding.find_shards`.
+        NotImplementedError, ValueError: as ``ppsf_dist.sharding.finding.find_shards``.
     """
     key = (process_group, *map(id, parameters))
     known = _prepared.get(key)

@@ -53,15 +53,15 @@ def register(question: Question, name: str, test: Callable[..., bool], answer: s
     ============ ============================== =====================================================================
     ``refused``  a parameter                    the parameter: nothing; it raises what cannot work
     ``shards``   a parameter                    a list of such parameters, and plain shards of those beside them, whose
-                                                domain it may set: a :class:`Shard` for each parameter, in order
-    ``layout``   all groups, and the parameters the same: a :class:`Layout` of them
+                                                domain it may set: a ``Shard`` for each parameter, in order
+    ``layout``   all groups, and the parameters the same: a ``Layout`` of them
                  that each was made with
     ``caller``   a frame of the stack           the frame, and all groups: nothing; it raises what cannot work
     ``module``   a module of the model          the model: nothing; it drops what modules keep of the weights, which
                                                 have changed
     ``weights``  a parameter                    a list of such parameters, which have changed: nothing; it drops what
                                                 modules keep of them, whichever those are
-    ``strategy`` the name of a strategy         see :data:`ppsf_dist.dry_run.Foresee`
+    ``strategy`` the name of a strategy         see ``ppsf_dist.dry_run.Foresee``
     ============ ============================== =====================================================================
 
     Args:

@@ -20,7 +20,7 @@ class Shard:
     Attributes:
         param: the tensor in ``param_groups`` that this shard belongs to, the key of its state.
         shape: shape of the whole logical parameter.
-        boxes: the elements that this rank holds, in the order in which they lie in :meth:`weights`. One box has the
+        boxes: the elements that this rank holds, in the order in which they lie in ``weights``. One box has the
             shape of the local tensor; several lie one after the other in a flat one.
         owner: whether this rank counts these elements in sums over the parameter. Exactly one rank counts each.
         completed: the gradient of this step, where the parameter's ``grad`` holds only this rank's summand.
@@ -53,7 +53,7 @@ class Shard:
     def summand(self) -> tuple[dist.ProcessGroup, Tensor] | None:
         """Where the gradient is still a sum over ranks: their group, and this rank's summand.
 
-        The engine sums them all at once and puts the results into :attr:`completed` for the step.
+        The engine sums them all at once and puts the results into ``completed`` for the step.
         """
         return None
 
@@ -62,7 +62,7 @@ class Shard:
         return tensor
 
     def spread(self, local: Tensor) -> Tensor:
-        """The inverse of :meth:`local` for a checkpoint: a tensor that distributed checkpoints can reshard."""
+        """The inverse of ``local`` for a checkpoint: a tensor that distributed checkpoints can reshard."""
         return local
 
     def spread_rows(self, local: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class Shard:
         return self.boxes[-1].offset[0] + self.boxes[-1].size[0] - self.first_row if self.shape else 1
 
     def extract(self, value: Tensor) -> Tensor:
-        """This rank's piece of a checkpointed tensor of the whole parameter, laid out like :meth:`weights`."""
+        """This rank's piece of a checkpointed tensor of the whole parameter, laid out like ``weights``."""
         parts = []
         for box in self.boxes:
             part = value
@@ -103,7 +103,7 @@ class Shard:
         return sum(box.numel for box in self.boxes)
 
     def views(self, local: Tensor) -> list[Tensor]:
-        """One view for each box of a tensor that lies like :meth:`weights`."""
+        """One view for each box of a tensor that lies like ``weights``."""
         if len(self.boxes) == 1 and local.shape == torch.Size(self.boxes[0].size):
             return [local]
         start, views = 0, []

@@ -74,7 +74,7 @@ class Team:
         group: their process group, or None for a process alone: every reduction is then free.
 
     Attributes:
-        arrived: whether the last :meth:`sum_` has its sums, which an exception such as a ctrl-C alone does not tell.
+        arrived: whether the last ``sum_`` has its sums, which an exception such as a ctrl-C alone does not tell.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -89,7 +89,7 @@ class Team:
 
     @property
     def group_rank(self) -> int:
-        """Of this process among :attr:`ranks`."""
+        """Of this process among ``ranks``."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
     @property
@@ -184,7 +184,7 @@ class Team:
         return torch.device(self._device_types[0], torch.accelerator.current_device_index())
 
     def gather(self, value: object, *, why: str) -> list[object]:
-        """Every rank's picklable value, in the order of :attr:`ranks`. Waits for the host: not for use in a step.
+        """Every rank's picklable value, in the order of ``ranks``. Waits for the host: not for use in a step.
 
         Raises:
             CollectiveFailed: a rank has not come, or the network has failed.

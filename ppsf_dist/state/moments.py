@@ -46,7 +46,7 @@ class Strided:
     size: tuple[int, ...]
 
     def index(self, device: torch.device) -> Tensor:
-        """The positions one by one, in the shape of :attr:`size`."""
+        """The positions one by one, in the shape of ``size``."""
         index = torch.tensor(self.start, device=device)
         for stride, n in zip(self.stride, self.size, strict=True):
             index = index.unsqueeze(-1) + torch.arange(n, device=device) * stride

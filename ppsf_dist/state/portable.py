@@ -168,7 +168,7 @@ def read_state(
         method: what the optimizer is.
         state_dict: the checkpoint.
         shards: of all parameters.
-        groups: what :func:`read_groups` has made of the checkpoint's groups.
+        groups: what ``read_groups`` has made of the checkpoint's groups.
 
     Raises:
         ValueError: an entry is missing, of another shape or dtype than the parameter needs, or out of range.

@@ -34,8 +34,8 @@ class Write(NamedTuple):
 class Writes:
     """A sequence of writes in which each may read what the ones before it have written.
 
-    Go over the whole sequence, :meth:`put` after :meth:`put`. Where an exception (a ctrl-C too) has ended that, call
-    :meth:`restart` and go over the same sequence again: what was written is left alone, what was computed but perhaps
+    Go over the whole sequence, ``put`` after ``put``. Where an exception (a ctrl-C too) has ended that, call
+    ``restart`` and go over the same sequence again: what was written is left alone, what was computed but perhaps
     not written is written, and the rest follows. So an exception is no more than a pause.
     """
 

@@ -1,1 +1,1 @@
-"""What is known of DeepSpeed without importing it. :mod:`ppsf_dist.deepspeed` is the half that does."""
+"""What is known of DeepSpeed without importing it. ``ppsf_dist.deepspeed`` is the half that does."""

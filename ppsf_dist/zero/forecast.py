@@ -20,7 +20,7 @@ ZERO_ALIGNMENT = 2
 
 
 def forecast(strategy: str, model: Model, world_size: int, shards: int | None) -> Forecast:
-    """What "zero1" to "zero3" cost; arguments as of :func:`ppsf_dist.dry_run.forecast`."""
+    """What "zero1" to "zero3" cost; arguments as of ``ppsf_dist.dry_run.forecast``."""
     stage = int(strategy[-1])
     sub_groups = _sub_groups(model.parameters, world_size) if stage == 3 else [model.count]
     reductions = tuple(size for part in sub_groups for size in model.reductions(part))

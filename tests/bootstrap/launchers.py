@@ -87,7 +87,7 @@ def start(command: list[str], **variables: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> Outcome:
-    """Waits for a command of :func:`start`; one that hangs is ended with its test, and what it printed is shown."""
+    """Waits for a command of ``start``; one that hangs is ended with its test, and what it printed is shown."""
     try:
         text, _ = process.communicate()
     except BaseException:
@@ -101,7 +101,7 @@ def finish(process: subprocess.Popen[str]) -> Outcome:
 
 
 def run(command: list[str], **variables: str) -> Outcome:
-    """Runs a command as :func:`start` does, to its end."""
+    """Runs a command as ``start`` does, to its end."""
     return finish(start(command, **variables))
 
 

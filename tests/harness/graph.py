@@ -41,7 +41,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def record(function: Callable[[], object]) -> Callable[[], object]:
-    """As :func:`ppsf_dist.captured.record_cuda_graph`. State is as before the recording when this returns."""
+    """As ``ppsf_dist.captured.record_cuda_graph``. State is as before the recording when this returns."""
     from triton.runtime.interpreter import InterpretedFunction
 
     recorded: list[Callable[[], object]] = []

@@ -1,6 +1,6 @@
 """Put whole tensors on a layout of ranks, and get whole tensors back.
 
-A distributed test is one function that runs over :data:`LAYOUTS`::
+A distributed test is one function that runs over ``LAYOUTS``::
 
     def job(layout: Layout) -> dict[str, Tensor]:
         parameters = shard_parameters(initial_weights(shapes), layout)

@@ -56,7 +56,7 @@ DRIFT_PER_STEP = 0.05
 
 
 def named_shapes(kind: str) -> NamedShapes:
-    """The ``(name, shape)`` pairs of one of the :data:`KINDS`. Raises ``ValueError`` for any other kind."""
+    """The ``(name, shape)`` pairs of one of the ``KINDS``. Raises ``ValueError`` for any other kind."""
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; allowed are {', '.join(KINDS)}.")
     return list(KINDS[kind])
@@ -84,7 +84,7 @@ def gradient_sequence(
     """Yield the full gradients of each of ``steps`` steps.
 
     A gradient is a mean that turns slowly plus noise, as in training, so that Prodigy's ``d`` grows: started at
-    :data:`D0`, from the second or third step on. With ``d_limiter`` it then grows by the limit in every step, whatever
+    ``D0``, from the second or third step on. With ``d_limiter`` it then grows by the limit in every step, whatever
     the sums are; to compare sums, switch the limiter off and take about ten steps, in which ``d`` doubles each time.
 
     A gradient depends on the seed, the name, the shape and the step alone, not on other parameters or the process.

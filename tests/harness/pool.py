@@ -1,10 +1,10 @@
 """A pool of gloo ranks that lives as long as the test session.
 
 ``run(world_size, fn, *args)`` calls ``fn(*args)`` on every rank of a world of exactly ``world_size`` processes and
-returns the results in the order of the ranks. The first call starts one fork server (see :mod:`tests.harness.worker`);
+returns the results in the order of the ranks. The first call starts one fork server (see ``tests.harness.worker``);
 the first call of each world size forks its ranks, which then serve all later jobs of that size.
 
-If a job raises, hangs or dies on any rank, :class:`JobFailed` carries the traceback or the stacks of each such rank.
+If a job raises, hangs or dies on any rank, ``JobFailed`` carries the traceback or the stacks of each such rank.
 Its world is killed, and the next job of that size gets a new one.
 """
 
@@ -138,7 +138,7 @@ class _World:
             output.read()  # What gloo says when it connects.
 
     def run(self, message: bytes, name: str, timeout: float) -> list[bytes]:
-        """The pickled result of each rank. Raises :class:`JobFailed`, after which the world must be killed."""
+        """The pickled result of each rank. Raises ``JobFailed``, after which the world must be killed."""
         try:
             for rank, connection in enumerate(self._connections):
                 try:
@@ -228,7 +228,7 @@ def _is_whole(stacks: str) -> bool:
 
 
 class Pool:
-    """The worlds of one process. Tests share one pool, through :data:`run`."""
+    """The worlds of one process. Tests share one pool, through ``run``."""
 
     def __init__(self) -> None:
         self._server: _Server | None = None
@@ -270,7 +270,7 @@ class Pool:
         return [pickle.loads(result) for result in results]
 
     def close(self) -> None:
-        """End every process of the pool. The next :meth:`run` starts anew."""
+        """End every process of the pool. The next ``run`` starts anew."""
         if os.getpid() != self._owner:
             return  # A fork of the test process inherits the exit handlers.
         for world_size in list(self._worlds):

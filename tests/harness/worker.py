@@ -1,4 +1,4 @@
-"""The processes behind :mod:`tests.harness.pool`: one fork server and the ranks that it forks.
+"""The processes behind ``tests.harness.pool``: one fork server and the ranks that it forks.
 
 The server imports torch once and stays single-threaded, so forking it is cheap and safe; the process that runs pytest
 is never forked. It is not ``multiprocessing``'s own fork server because that one imports the caller's ``__main__``

@@ -82,7 +82,7 @@ def _compile(kernel: Any, arguments: tuple[str, ...], constants: dict[str, Any],
 
 
 def compiled(kernel: str, what: str, target: str) -> Any:
-    """A pass over the tiles of a matrix, by default, in one of :data:`VARIANTS`, or a kernel of :data:`BETWEEN`."""
+    """A pass over the tiles of a matrix, by default, in one of ``VARIANTS``, or a kernel of ``BETWEEN``."""
     from ppsf_dist.kernels.triton import between, passes
     from ppsf_dist.kernels.triton.backend import SAMPLES_AT_ONCE
     from ppsf_dist.kernels.triton.cutting import WIDE

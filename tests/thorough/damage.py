@@ -98,7 +98,7 @@ def files(path: Path) -> dict[str, int]:
 
 
 def make_checkpoints(layout: str, folder: Path) -> None:
-    """Save :data:`OLD`, :data:`NEW` and :data:`OTHER`."""
+    """Save ``OLD``, ``NEW`` and ``OTHER``."""
     model, optimizer = build(layout, seed=0)
     for name, step in ((OLD, 2), (NEW, 3)):
         train(model, optimizer, step, seed=0)
@@ -145,7 +145,7 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def load_damaged(layout: str, folder: Path, wanted: list[Damage], finished: Path) -> dict[Damage, str]:
-    """Load the damaged :data:`NEW` for each damage; what is wrong on this rank with what that did, if anything is.
+    """Load the damaged ``NEW`` for each damage; what is wrong on this rank with what that did, if anything is.
 
     ``finished`` counts the cases, for a world that hangs or dies in one.
     """

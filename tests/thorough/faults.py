@@ -268,8 +268,8 @@ class Plan:
     """Which points of a step to raise at.
 
     Attributes:
-        place: one of :data:`PLACES`.
-        errors: which of :data:`ERRORS` to raise, in turn.
+        place: one of ``PLACES``.
+        errors: which of ``ERRORS`` to raise, in turn.
         both: raise each of them at each point, not one of them.
         every: distance between the points.
         before: steps before the one that is disturbed.

@@ -1,7 +1,7 @@
 """Random training runs, each from its seed alone, that are stopped, killed and moved, and twins that are not.
 
 What a run does is a list of operations; when it is interrupted is a list of sections, each on a layout of its own. The
-twin is the same list of operations in one section. :mod:`tests.thorough.scripts` runs them.
+twin is the same list of operations in one section. ``tests.thorough.scripts`` runs them.
 """
 
 from __future__ import annotations

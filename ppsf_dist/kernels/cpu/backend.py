@@ -26,7 +26,7 @@ IN_CACHE = 1 << 19
 
 
 class NativeKernels:
-    """Implements :class:`ppsf_dist.kernels.interface.Kernels` for shards that ``pieces.why_not`` has nothing against.
+    """Implements ``ppsf_dist.kernels.interface.Kernels`` for shards that ``pieces.why_not`` has nothing against.
 
     Args:
         library: the compiled passes.
@@ -49,7 +49,7 @@ class NativeKernels:
 
 
 class NativePasses:
-    """Implements :class:`ppsf_dist.kernels.interface.Passes`."""
+    """Implements ``ppsf_dist.kernels.interface.Passes``."""
 
     def __init__(
         self,

@@ -75,7 +75,7 @@ def load() -> Library:
 
 @functools.cache
 def found() -> Library | Unavailable:
-    """What :func:`load` gives or raises."""
+    """What ``load`` gives or raises."""
     try:
         return _find()
     except Unavailable as error:

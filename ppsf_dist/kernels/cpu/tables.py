@@ -10,7 +10,7 @@ from ppsf_dist.kernels.codes import COEFFICIENTS, Piece
 
 
 class Pass(IntEnum):
-    """What :attr:`Library.run` does with a task."""
+    """What ``Library.run`` does with a task."""
 
     SUMS_OF_SQUARES = 1
     NORMS = 2

@@ -26,7 +26,7 @@ from ppsf_dist.state.writes import Write, Writes
 
 
 class EagerKernels:
-    """Implements :class:`ppsf_dist.kernels.interface.Kernels`."""
+    """Implements ``ppsf_dist.kernels.interface.Kernels``."""
 
     def __init__(self) -> None:
         self._workspace = Workspace()
@@ -44,7 +44,7 @@ class EagerKernels:
 
 
 class EagerPasses:
-    """Implements :class:`ppsf_dist.kernels.interface.Passes`, work by work and tile by tile."""
+    """Implements ``ppsf_dist.kernels.interface.Passes``, work by work and tile by tile."""
 
     def __init__(self, workspace: Workspace, works: Sequence[Work], moments: FactoredMoments, buffers: Buffers) -> None:
         self._workspace, self.works, self._moments, self._buffers = workspace, works, moments, buffers

@@ -51,7 +51,7 @@ State = Mapping[Tensor, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile of the pieces of a :class:`Work`, and the samples that lie in it.
+    """One tile of the pieces of a ``Work``, and the samples that lie in it.
 
     Attributes:
         start, size: the tile as a box relative to the piece.

@@ -37,7 +37,7 @@ OF_PASS_1 = (Sum.LARGEST_SQUARE, Sum.DOT, Sum.S_L1, Sum.DELTA_L1, Sum.DELTA_SQUA
 
 
 class TritonKernels:
-    """Implements :class:`ppsf_dist.kernels.interface.Kernels` for what ``pieces.why_not`` has nothing against."""
+    """Implements ``ppsf_dist.kernels.interface.Kernels`` for what ``pieces.why_not`` has nothing against."""
 
     def prepare(
         self,
@@ -52,7 +52,7 @@ class TritonKernels:
 
 
 class TritonPasses:
-    """Implements :class:`ppsf_dist.kernels.interface.Passes`.
+    """Implements ``ppsf_dist.kernels.interface.Passes``.
 
     Tensors that kernels read live as long as this and are written in place, so that a captured graph finds them.
     """

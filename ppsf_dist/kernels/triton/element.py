@@ -48,7 +48,7 @@ def upper_half(bits):
 
 @triton.jit
 def mix(x):
-    """The hash of :mod:`ppsf_dist.algorithm.rounding`, of uint32."""
+    """The hash of ``ppsf_dist.algorithm.rounding``, of uint32."""
     x = (x ^ (x >> 16)) * 0x21F0AAAD
     x = (x ^ (x >> 15)) * 0xD35A2D97
     return x ^ (x >> 15)

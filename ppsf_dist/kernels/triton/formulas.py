@@ -1,6 +1,6 @@
 """The formulas on a tile, in the order of operations of ``cpu/block.h``, so that the bits agree.
 
-ON says which run, ROWS where the coefficients stand (:mod:`ppsf_dist.kernels.triton.tables`); each combination is
+ON says which run, ROWS where the coefficients stand (``ppsf_dist.kernels.triton.tables``); each combination is
 compiled once. Products and sums are fused where ``tl.fma`` says so and nowhere else: launches switch the compiler's own
 fusing off.
 """
@@ -23,7 +23,7 @@ def number(plan, slot, ROW: tl.constexpr):
 
 @triton.jit
 def scale(plan, slot, NAME: tl.constexpr):
-    """One of :class:`ppsf_dist.kernels.interface.Scales`."""
+    """One of ``ppsf_dist.kernels.interface.Scales``."""
     return tl.load(plan.scales + NAME * tl.load(plan.sizes) + slot)
 
 

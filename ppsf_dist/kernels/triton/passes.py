@@ -1,4 +1,4 @@
-"""The passes of :mod:`ppsf_dist.kernels.interface` over the tasks of a launch, which share everything in capitals.
+"""The passes of ``ppsf_dist.kernels.interface`` over the tasks of a launch, which share everything in capitals.
 
 ON: the formulas. ROWS: where each coefficient stands. AXES: of the lines of a piece. BM, BN: the tile. BS: samples at
 once. Programs share no place that they write to, so that sums come in one order and every run has the same d.

@@ -35,7 +35,7 @@ class Task(NamedTuple):
 
 
 class On(NamedTuple):
-    """Which formulas run: :class:`ppsf_dist.kernels.codes.Flag` by flag, in its order."""
+    """Which formulas run: ``ppsf_dist.kernels.codes.Flag`` by flag, in its order."""
 
     owned: bool
     factored: bool
@@ -65,7 +65,7 @@ class On(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Where each of :data:`ppsf_dist.kernels.codes.COEFFICIENTS` stands in a method's table; -1 where it has none."""
+    """Where each of ``ppsf_dist.kernels.codes.COEFFICIENTS`` stands in a method's table; -1 where it has none."""
 
     delta: int
     c: int
@@ -100,11 +100,11 @@ class Plan(NamedTuple):
     """Everything that a pass reads and writes, as tensors on the device.
 
     Attributes:
-        pieces: int64, rows of :class:`ppsf_dist.kernels.codes.Piece`.
-        tasks: int64, rows of :class:`Task`.
-        addresses: int64, a row for each shard, by :data:`ADDRESS_COLUMNS`; renewed in every step.
-        sizes: int64, :class:`Sizes`.
-        coefficients, scales, factors, keys, sums: of :class:`ppsf_dist.kernels.interface.Buffers`.
+        pieces: int64, rows of ``ppsf_dist.kernels.codes.Piece``.
+        tasks: int64, rows of ``Task``.
+        addresses: int64, a row for each shard, by ``ADDRESS_COLUMNS``; renewed in every step.
+        sizes: int64, ``Sizes``.
+        coefficients, scales, factors, keys, sums: of ``ppsf_dist.kernels.interface.Buffers``.
         moments_gate, weights_gate: its gates as bytes.
         partial: fp32, sums along the lines of each task.
         results: fp64, sums of each task, one row for each sum.
@@ -150,7 +150,7 @@ BOX_FIELDS = 3 + 2 * MOST_AXES
 
 
 class MomentsOnDevice(NamedTuple):
-    """The tables of :class:`ppsf_dist.state.moments.FactoredMoments`, bools as bytes, and the moments that divide.
+    """The tables of ``ppsf_dist.state.moments.FactoredMoments``, bools as bytes, and the moments that divide.
 
     ``kept`` are its values, by a name that Triton's own tuples do not have.
     """
