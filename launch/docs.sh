@@ -3,7 +3,7 @@
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-prepare "${EXTRAS:-docs}"
+prepare "${EXTRAS:-docs}" ${EXTRAS:+deepspeed}
 
 cd "$root"
 if [[ "${1:-}" == --serve ]]; then

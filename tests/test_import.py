@@ -50,6 +50,8 @@ def test_a_submodule_can_be_used_after_importing_the_package_alone() -> None:
         ("deepspeed", "deepspeed", "deepspeed"),
         ("integrations.transformers", "transformers", "transformers"),
         ("integrations.lightning", "lightning", "lightning"),
+        ("integrations.accelerate", "accelerate", "accelerate"),
+        ("integrations.torchtitan", "torchtitan", "torchtitan"),
     ],
 )
 def test_a_missing_extra_is_named(module: str, missing: str, extra: str) -> None:
@@ -58,3 +60,19 @@ def test_a_missing_extra_is_named(module: str, missing: str, extra: str) -> None
         f"try:\n    import ppsf_dist.{module}\nexcept ModuleNotFoundError as error:\n    print(error)"
     )
     assert f"pip install 'ppsf-dist[{extra}]'" in python(code)
+
+
+def test_a_missing_extra_of_the_picture_and_the_command_is_named() -> None:
+    code = """import sys; sys.modules["matplotlib"] = sys.modules["matplotlib.figure"] = sys.modules["rich"] = None
+from pathlib import Path
+from ppsf_dist.monitor.picture import draw
+from ppsf_dist.report.command import write_report
+for attempt in (lambda: draw([{"step": 1, "groups": [{}]}], Path("x.png")), lambda: write_report([Path(".")], Path("."))):
+    try:
+        attempt()
+    except ModuleNotFoundError as error:
+        print(error)"""
+    assert python(code).splitlines() == [
+        "matplotlib is not installed: pip install 'ppsf-dist[report]'",
+        "rich is not installed: pip install 'ppsf-dist[report]'",
+    ]

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ppsf_dist.extras import missing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -42,10 +44,14 @@ def draw(rows: Rows, path: Path) -> None:
 
     Raises:
         ValueError: there are no rows yet.
+        ModuleNotFoundError: the ``report`` extra is not there.
     """
     if not rows:
         raise ValueError("there is nothing to draw: no row has been made yet; take more steps, or set every lower")
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise missing(error, "report", ("matplotlib",)) from error
 
     groups = range(len(rows[-1]["groups"]))
     finds_d = any("d" in group for group in rows[-1]["groups"])
