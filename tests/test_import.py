@@ -67,7 +67,8 @@ def test_a_missing_extra_of_the_picture_and_the_command_is_named() -> None:
 from pathlib import Path
 from ppsf_dist.monitor.picture import draw
 from ppsf_dist.report.command import write_report
-for attempt in (lambda: draw([{"step": 1, "groups": [{}]}], Path("x.png")), lambda: write_report([Path(".")], Path("."))):
+row, here = {"step": 1, "groups": [{}]}, Path(".")
+for attempt in (lambda: draw([row], here / "x.png"), lambda: write_report([here], here)):
     try:
         attempt()
     except ModuleNotFoundError as error:
