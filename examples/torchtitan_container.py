@@ -10,10 +10,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torchtitan.components.optimizer import LRSchedulersContainer
 
 from ppsf_dist import averaged, init_process_group
-from ppsf_dist.integrations.torchtitan import ScheduleFreeOptimizers
+from ppsf_dist.integrations.torchtitan import NoSchedule, ScheduleFreeOptimizers
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--output", default="runs/torchtitan_container")
@@ -26,11 +25,9 @@ torch.manual_seed(0)
 model = nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
 fully_shard(model)
 
-# In torchtitan: Trainer.Config(optimizer=ScheduleFreeOptimizers.Config(),
-#                               lr_scheduler=LRSchedulersContainer.Config(warmup_steps=0, decay_ratio=0.0), ...)
+# In torchtitan: Trainer.Config(optimizer=ScheduleFreeOptimizers.Config(), lr_scheduler=NoSchedule.Config(), ...)
 optimizers = ScheduleFreeOptimizers.Config().build(model_parts=[model])
-schedule = LRSchedulersContainer.Config(warmup_steps=0, decay_ratio=0.0)
-schedulers = schedule.build(optimizers=optimizers, training_steps=options.steps)
+schedulers = NoSchedule.Config().build(optimizers=optimizers, training_steps=options.steps)
 
 
 def loss_of(tokens: torch.Tensor) -> torch.Tensor:
@@ -52,5 +49,5 @@ dcp.save({"model": model.state_dict(), "optimizer": optimizers.state_dict()}, ch
 with averaged(optimizers, model), torch.no_grad():
     loss = loss_of(torch.arange(64)).item()
 if dist.get_rank() == 0:
-    print(f"d {optimizers.optimizer.get_d_estimate():.4e}, loss of the averaged weights: {loss:.4f}")
+    print(f"d {schedulers.get_metrics()['d']:.4e}, loss of the averaged weights: {loss:.4f}")
 dist.destroy_process_group()

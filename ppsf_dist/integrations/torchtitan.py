@@ -6,7 +6,7 @@ See ``docs/trainers/torchtitan.md``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 import ppsf_dist
 from ppsf_dist.extras import missing
+from ppsf_dist.integrations.modes import step_sizes
 from ppsf_dist.optimizers.base import DistributedOptimizer
 from ppsf_dist.optimizers.prodigy_plus import RECOMMENDED
 from ppsf_dist.sharding import everyone, from_every_rank
@@ -23,29 +24,36 @@ from ppsf_dist.sharding.marks import is_dtensor
 
 try:
     from torchtitan.components.checkpointer.utils import canonical_fqn
-    from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
+    from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
 except ModuleNotFoundError as error:
     raise missing(error, "torchtitan") from error
 
 if TYPE_CHECKING:
     # torchtitan ships no types.
+    @dataclass(kw_only=True)
+    class _Config:
+        optimizer_factory_kwargs_by_name: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+        def build(self, *, model_parts: list[nn.Module]) -> ScheduleFreeOptimizers: ...
+
+    @dataclass(kw_only=True)
+    class _ScheduleConfig: ...
+
     class _Container(Optimizer):
         optimizers: list[DistributedOptimizer]
         model_parts: list[nn.Module]
-
-        @dataclass(kw_only=True)
-        class Config:
-            optimizer_factory_kwargs_by_name: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-            def build(self, *, model_parts: list[nn.Module]) -> ScheduleFreeOptimizers: ...
 
         def _log_optimizer(self, optimizer: Optimizer, part_idx: int, patterns: list[str]) -> None: ...
 
         def _post_init(self, all_params: list[Tensor]) -> None: ...
 
-    _Config = _Container.Config
+    class _Schedulers:
+        def __init__(self, optimizers: _Container, lr_lambda: Callable[[int], float]) -> None: ...
+
+        def get_metrics(self) -> dict[str, float]: ...
 else:
     _Container, _Config = OptimizersContainer, OptimizersContainer.Config
+    _Schedulers, _ScheduleConfig = LRSchedulersContainer, LRSchedulersContainer.Config
 
 NAME = "ProdigyPlusScheduleFree"
 _OF_GROUPS = "groups"
@@ -59,8 +67,8 @@ def _one_group() -> list[ParamGroupConfig]:
 class ScheduleFreeOptimizers(_Container):
     """One optimizer of this package for all parts of a model, where torchtitan's container makes one for each.
 
-    So all pipeline stages share d. ``Trainer.Config(optimizer=ScheduleFreeOptimizers.Config())`` trains with the
-    recommended setting; give it a constant schedule, ``LRSchedulersContainer.Config(warmup_steps=0, decay_ratio=0.0)``.
+    So all pipeline stages share d. ``Trainer.Config(optimizer=ScheduleFreeOptimizers.Config(),
+    lr_scheduler=NoSchedule.Config())`` trains with the recommended setting.
 
     ``averaged(container)`` evaluates with the average, ``train`` and ``eval`` swap. Checkpoints have
     torchtitan's flat keys, by the names of parameters, so that another number of stages can load them.
@@ -129,6 +137,26 @@ class ScheduleFreeOptimizers(_Container):
                 if key not in ("params", "param_names"):
                     loaded.setdefault(key, state_dict[f"{_OF_GROUPS}.{index}.{key}"])
         self.optimizer.load_state_dict(content)
+
+
+class NoSchedule(_Schedulers):
+    """torchtitan's container of schedulers with a constant learning rate, which shows d where the others show lr."""
+
+    def __init__(self, optimizers: ScheduleFreeOptimizers) -> None:
+        super().__init__(optimizers, lambda _: 1.0)
+        self._optimizer = optimizers.optimizer
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(_ScheduleConfig):
+        """Of torchtitan's fields none has an effect."""
+
+        def build(self, *, optimizers: ScheduleFreeOptimizers, training_steps: int) -> NoSchedule:
+            """Make it. ``training_steps`` is torchtitan's, and does not matter."""
+            return NoSchedule(optimizers)
+
+    def get_metrics(self) -> dict[str, float]:
+        """What torchtitan logs in each step beside the loss: lr, ``d``, ``d_lr``, ``d_effective_lr``."""
+        return super().get_metrics() | step_sizes(self._optimizer)
 
 
 def _only_name(groups: Iterable[ParamGroupConfig]) -> str:

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torchtitan.components.optimizer import LRSchedulersContainer, ParamGroupConfig
 
 from ppsf_dist import ProdigyPlusScheduleFree, averaged
-from ppsf_dist.integrations.torchtitan import NAME, ScheduleFreeOptimizers
+from ppsf_dist.integrations.torchtitan import NAME, NoSchedule, ScheduleFreeOptimizers
 from tests.bootstrap.launchers import ROOT
 from tests.harness.pool import run
 
@@ -211,6 +211,23 @@ def test_torchtitans_schedule_is_heard_of_and_a_constant_one_is_not() -> None:
                 train([model], container, step, 1)
                 schedulers.step()
         assert len([one for one in caught if "a schedule multiplies" in str(one.message)]) == heard
+
+
+def test_d_stands_among_torchtitans_metrics_and_its_trainer_takes_both() -> None:
+    from torchtitan.trainer import Trainer
+
+    config = Trainer.Config(optimizer=ScheduleFreeOptimizers.Config(), lr_scheduler=NoSchedule.Config())
+    model = whole_model()
+    optimizers = config.optimizer.build(model_parts=[model])
+    schedulers = config.lr_scheduler.build(optimizers=optimizers, training_steps=STEPS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for step in range(STEPS):
+            train([model], optimizers, step, 1)
+            schedulers.step()
+    metrics = schedulers.get_metrics()
+    assert metrics["d"] == optimizers.optimizer.get_d_estimate() and metrics["lr/ProdigyPlusScheduleFree"] == 1.0
+    assert schedulers.state_dict() == {"last_epoch": STEPS}
 
 
 @pytest.mark.launch
