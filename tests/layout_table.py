@@ -1,4 +1,4 @@
-"""The tables of layouts in the README and in docs/classes.md, from real runs: ``python -m tests.layout_table``.
+"""The tables of layouts in docs/layouts/index.md and docs/classes.md, from real runs: ``python -m tests.layout_table``.
 
 The same work (fixed global gradients, awkward shapes) on every layout, compared with one process: our optimizer, and
 others as they are, without a change. With ``--classes`` every class of the package, and before the layouts each in one

@@ -58,12 +58,15 @@ def with_accelerate(stage: int) -> dict[str, Any]:
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin, DummyOptim
 
+    from ppsf_dist.integrations.accelerate import check_prepared
+
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings_for(stage, torch.bfloat16)))
     model = Regression()
     named = stage == NAMED_IN_CONFIG
     parameters = model.parameters()
     optimizer = DummyOptim(parameters) if named else ProdigyPlusScheduleFree(parameters, **ARGUMENTS)
     model, optimizer = accelerator.prepare(model, optimizer)
+    check_prepared(model, optimizer)
     inputs, labels = torch.randn(16, WIDTH), torch.randn(16)
     share = slice(dist.get_rank(), None, dist.get_world_size())
 
