@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import json
 import re
 import subprocess
 import sys
@@ -12,13 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.bootstrap.launchers import ROOT
-from tests.report.test_report import browser
+from tests.harness.browser import look
 
 PAGES = ("index.html", "settings.html", "layouts/index.html", "optimizers/prodigy-plus-schedule-free.html")
-PROBE = """<script>onload = () => { const root = document.documentElement, pictures = [...document.images];
-document.title = JSON.stringify({page: root.scrollWidth, window: root.clientWidth,
-  broken: pictures.filter(one => !one.naturalWidth).length, heading: document.querySelector("h1").innerText,
-  roles: /:(meth|func|class|data):/.test(document.body.innerText)}) }</script>"""
+ASKS = """broken: [...document.images].filter(one => !one.naturalWidth).length,
+heading: document.querySelector("h1").innerText, roles: /:(meth|func|class|data):/.test(document.body.innerText)"""
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +30,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("width", [1400, 500])
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_fits_the_screen(page: str, width: int, site: Path, tmp_path: Path) -> None:
-    shown = site / page
-    probed = shown.with_name(f"probed-{width}-{shown.name}")
-    probed.write_text(shown.read_text().replace("</body>", PROBE + "</body>"))
-    command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    done = subprocess.run(
-        [*command, f"--window-size={width},1000", "--virtual-time-budget=3000", "--dump-dom", probed.as_uri()],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
-    assert title, done.stderr
-    seen = json.loads(html.unescape(title[1]))
+    seen = look(site / page, width, ASKS, tmp_path / "profile")
     assert seen["page"] <= seen["window"] and not seen["broken"] and seen["heading"] and not seen["roles"], seen
 
 

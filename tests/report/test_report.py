@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
 import shutil
@@ -18,8 +17,7 @@ from torch import nn
 from ppsf_dist import RECOMMENDED, Monitor, ProdigyPlusScheduleFree
 from ppsf_dist.report.command import main
 from ppsf_dist.report.runs import Run, differing, read_runs
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+from tests.harness.browser import look
 
 
 def train(to: Path, steps: int = 40, batch: int = 32, groups: int = 1, **arguments: Any) -> None:
@@ -132,15 +130,6 @@ def test_the_console_script_is_installed() -> None:
     assert done.returncode == 0 and re.fullmatch(r"\d+\.\d+\.\d+\S*\n", done.stdout), done.stderr
 
 
-def browser() -> str:
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    assert found, (
-        "There is no browser to look at the page with: install chromium (launch/test.sh does, as root on Debian), or "
-        'leave this test out with -m "not browser".'
-    )
-    return found
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1200, 500])
 def test_the_page_in_a_real_browser(width: int, two: tuple[Path, Path], tmp_path: Path) -> None:
@@ -148,19 +137,12 @@ def test_the_page_in_a_real_browser(width: int, two: tuple[Path, Path], tmp_path
     hostile = tmp_path / "<img src=x onerror=document.title=1>"
     shutil.move(two[1], hostile)
     assert main(["report", str(two[0]), str(hostile), "--output", str(tmp_path / "out")]) == 0
-    probe = """<script>onload = () => { const root = document.documentElement, picture = document.images[0];
-    document.title = JSON.stringify({images: document.images.length, shown: picture.naturalWidth,
-      picture: picture.clientWidth, page: root.scrollWidth, window: root.clientWidth,
-      rows: document.querySelectorAll("tbody tr").length}) }</script>"""
-    page = tmp_path / "out" / "probed.html"
-    page.write_text((tmp_path / "out" / "report.html").read_text().replace("</body>", probe + "</body>"))
-    command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    done = subprocess.run(
-        [*command, f"--window-size={width},900", "--virtual-time-budget=2000", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
-    assert title, done.stderr
-    seen = json.loads(html.unescape(title[1]))
+    seen = look(
+        tmp_path / "out" / "report.html",
+        width,
+        "images: document.images.length, shown: document.images[0].naturalWidth, "
+        'picture: document.images[0].clientWidth, rows: document.querySelectorAll("tbody tr").length',
+        tmp_path / "profile",
+    )
     assert seen["images"] == 1 and seen["shown"] > 900 and seen["picture"] > 0.8 * min(seen["window"], 960) * 0.95
     assert seen["page"] <= seen["window"] and seen["rows"] > 4
