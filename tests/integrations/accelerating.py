@@ -85,6 +85,7 @@ def main() -> None:
         accelerator.save_state(str(folder / "average"))
         if kind != "fsdp2":
             accelerator.save_model(model, str(folder / "model"))
+    accelerator.wait_for_everyone()
     optimizer.eval()
     found["eval"] = loss()
     optimizer.train()

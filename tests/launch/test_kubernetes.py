@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,12 @@ def start_pods(container: dict[str, Any], changed: list[dict[str, str]], output:
         del arguments[arguments.index(option) : arguments.index(option) + 2]
     small = [*TINY, "--steps", str(STEPS), "--eval-every", "1", "--output", str(output)]
     command = [*container["command"], *arguments, *small]
+    # In the image python and torchrun are those of the environment.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     pods = [
-        subprocess.Popen(command, cwd=ROOT, env={**os.environ, **own}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **own, "PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         for own in changed
     ]
     said = [pod.communicate(timeout=180)[0].decode() for pod in pods]
