@@ -61,8 +61,9 @@ class ScheduleFreeMixin(_Base):
         super().on_predict_model_eval()
 
     def on_validation_model_train(self) -> None:
-        """Bring the training weights back."""
-        self._train()
+        """Bring the training weights back, where training goes on."""
+        if self.trainer.state.fn == "fit":
+            self._train()
         super().on_validation_model_train()
 
     def on_train_start(self) -> None:
@@ -98,11 +99,11 @@ class ScheduleFreeMixin(_Base):
                 made = self.trainer.optimizers
                 checkpoint["optimizer_states"] = [strategy.optimizer_state(optimizer) for optimizer in made]
                 self._keep(_copy(strategy.lightning_module_state_dict()), checkpoint)
-                self._hold_average()
+                self._average()
             return
         if isinstance(strategy, DeepSpeedStrategy):
             # It writes what is in its engine when this is over.
-            self._hold_average()
+            self._average()
             return
         y = _copy(checkpoint["state_dict"])
         for optimizer in training:
@@ -135,8 +136,12 @@ class ScheduleFreeMixin(_Base):
         return [optimizer for optimizer in found if isinstance(optimizer, DistributedOptimizer)]
 
     def _hold_average(self) -> None:
+        if self.trainer.state.fn == "fit":
+            self._average()
+
+    def _average(self) -> None:
         for optimizer in self._ours():
-            if trains(optimizer) and self.trainer.state.fn == "fit":
+            if trains(optimizer):
                 optimizer.eval(keep=True)
                 drop_gathered_weights(self)
 

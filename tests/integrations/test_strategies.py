@@ -40,4 +40,5 @@ def test_what_is_saved_is_the_average_and_a_resumed_run_is_exact(kind: str, trig
     assert result["losses"] == pytest.approx(expected["losses"], rel=1e-4)
     assert abs(result["averages"][1] - result["losses"][4]) > 1e-3, "the test needs an average that is not y"
     assert result["saved"] == [result["averages"][1]], "the checkpoint of step 4 validates as step 4 did"
+    assert set(result.get("after", result["averages"][2:])) == {result["averages"][2]}
     assert result["resumed"] == result["losses"][4:] and result["again"] == result["averages"][2:]
