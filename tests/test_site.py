@@ -12,7 +12,7 @@ import pytest
 from tests.bootstrap.launchers import ROOT
 from tests.harness.browser import look
 
-PAGES = ("index.html", "settings.html", "layouts/index.html", "optimizers/prodigy-plus-schedule-free.html")
+PAGES = ("settings.html", "layouts/index.html", "optimizers/prodigy-plus-schedule-free.html")
 ASKS = """broken: [...document.images].filter(one => !one.naturalWidth).length,
 heading: document.querySelector("h1").innerText, roles: /:(meth|func|class|data):/.test(document.body.innerText)"""
 

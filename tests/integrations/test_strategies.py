@@ -16,9 +16,15 @@ from typing import Any
 import pytest
 
 from tests.bootstrap.launchers import ROOT
-from tests.integrations.strategies import TRIGGERS
 
-KINDS = ("ddp", "shards", "one file", pytest.param("deepspeed", marks=pytest.mark.deepspeed))
+CASES = [
+    ("ddp", "in training"),
+    ("shards", "in training"),
+    ("shards", "at validations"),
+    ("one file", "at validations"),
+    pytest.param("deepspeed", "in training", marks=pytest.mark.deepspeed),
+    pytest.param("deepspeed", "at validations", marks=pytest.mark.deepspeed),
+]
 
 
 @functools.cache
@@ -33,8 +39,7 @@ def found(kind: str, trigger: str) -> dict[str, Any]:
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("trigger", TRIGGERS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "trigger"), CASES)
 def test_what_is_saved_is_the_average_and_a_resumed_run_is_exact(kind: str, trigger: str) -> None:
     result, expected = found(kind, trigger), found("ddp", "in training")
     assert result["losses"] == pytest.approx(expected["losses"], rel=1e-4)
