@@ -35,6 +35,7 @@ def hooked(*, clears: bool = False, **switches: Any) -> tuple[Parameters, Prodig
 
     def hook(p: Tensor) -> None:
         optimizer.step_param(p)
+        assert sum(one.nbytes for one in optimizer._engine._small._gradients.values()) <= together.KEPT
         if clears:
             assert p.grad is not None
             p.grad.zero_()

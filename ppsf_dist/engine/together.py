@@ -12,7 +12,7 @@ from torch.autograd import Variable
 SMALL = 1 << 18
 """Bytes of a gradient that waits for others: what a step on its own costs is then more than to copy it."""
 KEPT = 1 << 22
-"""Bytes of all that wait."""
+"""Bytes of all that wait, at most."""
 
 
 class Waiting:
@@ -34,7 +34,7 @@ class Waiting:
     @property
     def is_full(self) -> bool:
         """Whether no more should wait."""
-        return self._bytes >= KEPT
+        return self._bytes > KEPT - SMALL
 
     def add(self, param: Tensor) -> bool:
         """Let a parameter wait if it is small and a backward pass runs, whose end will come; say whether it does."""

@@ -6,7 +6,7 @@ See ``docs/trainers/torchtitan.md``.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -55,6 +55,8 @@ else:
     _Container, _Config = OptimizersContainer, OptimizersContainer.Config
     _Schedulers, _ScheduleConfig = LRSchedulersContainer, LRSchedulersContainer.Config
 
+Holding = tuple[list[str], bool]
+"""The names of a rank's parameters, and whether some are sharded."""
 NAME = "ProdigyPlusScheduleFree"
 _OF_GROUPS = "groups"
 """Under this a checkpoint holds the groups once more: a stage may have no parameter of some."""
@@ -98,8 +100,15 @@ class ScheduleFreeOptimizers(_Container):
             canonical_fqn(name): p for part in model_parts for name, p in part.named_parameters() if p.requires_grad
         }
         name, own = _only_name(config.param_groups), config.optimizer_factory_kwargs_by_name
-        groups = _groups(named, config.param_groups)
-        given: dict[str, Any] = {"process_group": _process_group(named)} | own.get(name, {})
+        groups: list[dict[str, Any]] = []
+
+        def deal_out() -> Holding:
+            groups.extend(_groups(named, config.param_groups))
+            return sorted(named), any(is_dtensor(p) for p in named.values())
+
+        # A stage of which a parameter is in no group raises on all ranks.
+        told = from_every_rank(everyone(), deal_out)
+        given: dict[str, Any] = {"process_group": _process_group(told)} | own.get(name, {})
         self.optimizer = getattr(ppsf_dist, name)(groups, **given)
         self.optimizers = [self.optimizer]
         self._log_optimizer(self.optimizer, 0, [group.pattern for group in config.param_groups])
@@ -126,7 +135,7 @@ class ScheduleFreeOptimizers(_Container):
         """Load a flat state of this container, of any number of stages.
 
         Raises:
-            ValueError, KeyError: it does not fit; nothing is changed.
+            ValueError, KeyError: it does not fit; nothing that was there is changed.
         """
         from torchtitan.components.optimizer import utils
 
@@ -184,13 +193,11 @@ def _groups(named: dict[str, Tensor], configs: Iterable[ParamGroupConfig]) -> li
     return groups
 
 
-def _process_group(named: dict[str, Tensor]) -> dist.ProcessGroup | None:
+def _process_group(told: Sequence[Holding]) -> dist.ProcessGroup | None:
     """All ranks, where each holds some of the model; none, where each has a copy of all."""
-    if not dist.is_initialized():
+    if len(told) == 1:
         return None
-    sharded = any(is_dtensor(p) for p in named.values())
-    told = from_every_rank(everyone(), lambda: (sorted(named), sharded))
-    if any(has_shards for _, has_shards in told):
+    if any(is_sharded for _, is_sharded in told):
         return cast(dist.ProcessGroup, dist.group.WORLD)
     stages = {tuple(names) for names, _ in told}
     if len(stages) == 1:

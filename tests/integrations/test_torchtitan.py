@@ -179,6 +179,19 @@ def test_stages_that_ddp_copies_are_refused_on_every_rank() -> None:
     assert all("pipeline stages that DDP copies would count" in said for said in run(4, copied_stages))
 
 
+def left_out_on_rank_1() -> str:
+    patterns = ("bias$", "^first", "^third")
+    groups = [ParamGroupConfig(pattern=p, optimizer_name=NAME, optimizer_kwargs=dict(ARGUMENTS)) for p in patterns]
+    with pytest.raises(ValueError) as error:
+        ScheduleFreeOptimizers.Config(param_groups=groups).build(model_parts=parts_of("pipeline"))
+    return str(error.value)
+
+
+@pytest.mark.dist
+def test_what_one_stage_leaves_out_is_an_error_on_all_ranks() -> None:
+    assert all("rank 1 of 2" in said and "leave out second.weight" in said for said in run(2, left_out_on_rank_1))
+
+
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
