@@ -204,9 +204,10 @@ APART void move(const Piece& piece, const Numbers& c, const float* y, const floa
 
 constexpr int64_t SAMPLES = 1024;
 
-// Some samples, gathered.
+// Some samples as floats: where they lie, or copies.
 struct Samples {
-    alignas(64) float g[SAMPLES], point[SAMPLES], p0[SAMPLES], s[SAMPLES];
+    const float *g, *point, *p0, *s;
+    alignas(64) float copies[4][SAMPLES];
 };
 
 template <int64_t STEP, class A>
@@ -224,67 +225,69 @@ inline void gather_as_stored(const A* from, int64_t count, int64_t slice_p, A* t
 // The same as floats.
 template <class A>
 inline void gather(const A* from, int64_t count, int64_t slice_p, float* to) {
+    if constexpr (sizeof(A) == sizeof(float)) return gather_as_stored(from, count, slice_p, to);
     alignas(64) A beside[SAMPLES];
     gather_as_stored(from, count, slice_p, beside);
     for (int64_t m = 0; m < count; m++) to[m] = load(beside[m]);
 }
 
 // Samples that are stored one after the other, in one dtype or the other.
-APART void load_samples(const void* from, bool half, int64_t at, int64_t count, float* to) {
-    if (half)
-        for (int64_t m = 0; m < count; m++) to[m] = load(static_cast<const bf16*>(from)[at + m]);
-    else
-        for (int64_t m = 0; m < count; m++) to[m] = static_cast<const float*>(from)[at + m];
+APART const float* samples(const void* from, bool half, int64_t at, int64_t count, float* beside) {
+    return half ? floats(static_cast<const bf16*>(from) + at, count, beside) : static_cast<const float*>(from) + at;
 }
 
-// Prodigy's s after this step, in place.
-APART void gradient_sum(const Piece& piece, const Numbers& c, const float* g, int64_t count, float* s) {
+// Prodigy's s after this step; `after` may be where it is.
+APART void gradient_sum(const Piece& piece, const Numbers& c, const float* g, int64_t count, const float* s, float* after) {
     constexpr int64_t both = WEIGHTS_IN_BF16 | S_IN_BF16;
     // Where both have it, torch rounds the weight to their dtype.
     const float beta3 = c.of[BETA3], weight = (piece.flags & both) == both ? as_bf16(c.of[S_WEIGHT]) : c.of[S_WEIGHT];
     if (piece.flags & S_IN_BF16)
-        for (int64_t m = 0; m < count; m++) s[m] = as_bf16(as_bf16(s[m] * beta3) + g[m] * weight);
+        for (int64_t m = 0; m < count; m++) after[m] = as_bf16(as_bf16(s[m] * beta3) + g[m] * weight);
     else
-        for (int64_t m = 0; m < count; m++) s[m] = s[m] * beta3 + g[m] * weight;
+        for (int64_t m = 0; m < count; m++) after[m] = s[m] * beta3 + g[m] * weight;
 }
 
-APART void sample_sums(const Piece& piece, const Numbers& c, Samples& of, int64_t count, double* sums) {
+APART double absolute_sum(const float* x, int64_t n) {
+    // Nothing cancels here.
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; j++) sum += __builtin_fabsf(x[j]);
+    return sum;
+}
+
+APART void sample_sums(const Piece& piece, const Numbers& c, const Samples& of, int64_t count, double* sums) {
     constexpr int64_t both = WEIGHTS_IN_BF16 | P0_IN_BF16;
-    const bool rounds = (piece.flags & both) == both;
-    alignas(64) float difference[SAMPLES];
+    const float *g = of.g, *p0 = of.p0, *point = of.point;
+    alignas(64) float other[SAMPLES];
     double dot = 0, l1 = 0, square = 0;
-    for (int64_t m = 0; m < count; m++) difference[m] = of.p0[m] - of.point[m];
-    if (rounds)
-        for (int64_t m = 0; m < count; m++) difference[m] = as_bf16(difference[m]);
+    for (int64_t m = 0; m < count; m++) other[m] = p0[m] - point[m];
+    if ((piece.flags & both) == both)
+        for (int64_t m = 0; m < count; m++) other[m] = as_bf16(other[m]);
 #pragma omp simd reduction(+ : dot)
-    for (int64_t m = 0; m < count; m++) dot += double(of.g[m] * difference[m]);
+    for (int64_t m = 0; m < count; m++) dot += double(g[m] * other[m]);
     sums[DOT] += dot;
     if (piece.flags & SPEED) {
         for (int64_t m = 0; m < count; m++) {
-            l1 += double(__builtin_fabsf(difference[m]));
-            square += double(difference[m] * difference[m]);
+            l1 += double(__builtin_fabsf(other[m]));
+            square += double(other[m] * other[m]);
         }
         sums[DELTA_L1] += l1;
         sums[DELTA_SQUARE] += square;
     } else {
-        gradient_sum(piece, c, of.g, count, of.s);
-        // Nothing cancels here.
-        float of_block = 0;
-#pragma omp simd reduction(+ : of_block)
-        for (int64_t m = 0; m < count; m++) of_block += __builtin_fabsf(of.s[m]);
-        sums[S_L1] += double(of_block);
+        gradient_sum(piece, c, g, count, of.s, other);
+        sums[S_L1] += absolute_sum(other, count);
     }
 }
 
 APART void update_s(const Piece& piece, const Numbers& c, const float* g, int64_t count, int64_t at, void* s) {
+    if (!(piece.flags & S_IN_BF16)) {
+        float* here = static_cast<float*>(s) + at;
+        return gradient_sum(piece, c, g, count, here, here);
+    }
     alignas(64) float after[SAMPLES];
-    const bool half = piece.flags & S_IN_BF16;
-    load_samples(s, half, at, count, after);
-    gradient_sum(piece, c, g, count, after);
-    if (half)
-        for (int64_t m = 0; m < count; m++) static_cast<bf16*>(s)[at + m] = bf16(bits_of(after[m]) >> 16);
-    else
-        for (int64_t m = 0; m < count; m++) static_cast<float*>(s)[at + m] = after[m];
+    bf16* here = static_cast<bf16*>(s) + at;
+    gradient_sum(piece, c, g, count, floats(here, count, after), after);
+    for (int64_t m = 0; m < count; m++) here[m] = bf16(bits_of(after[m]) >> 16);
 }
 
 }  // namespace ppsf

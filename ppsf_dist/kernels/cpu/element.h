@@ -22,13 +22,13 @@ inline float float_of(uint32_t bits) {
 inline float load(float x) { return x; }
 inline float load(bf16 x) { return float_of(uint32_t(x) << 16); }
 
-// To nearest, ties to even, as torch rounds.
-inline bf16 nearest(float x) {
+// The bits of x to the nearest number of bf16, ties to even, as torch rounds. In 32 bits, which vectors do fastest.
+inline uint32_t nearest(float x) {
     const uint32_t bits = bits_of(x);
-    return x != x ? bf16(0x7fc0) : bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    return x != x ? 0x7fc00000u : (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
 }
 
-inline float as_bf16(float x) { return load(nearest(x)); }
+inline float as_bf16(float x) { return float_of(nearest(x)); }
 
 inline uint32_t mix(uint32_t x) {
     x = (x ^ (x >> 16)) * 0x21F0AAADu;
@@ -42,12 +42,12 @@ inline uint32_t mix(uint32_t x) {
 template <bool STOCHASTIC>
 inline uint32_t rounded(float x, uint32_t sixteen_bits) {
     const uint32_t bits = bits_of(x);
-    if (!STOCHASTIC) return uint32_t(nearest(x)) << 16;
+    if (!STOCHASTIC) return nearest(x);
     return bits + (int32_t(bits & 0x7fffffff) < 0x7f7f0000 ? sixteen_bits : 0);
 }
 
 inline void store(float* at, float x) { *at = x; }
-inline void store(bf16* at, float x) { *at = nearest(x); }
+inline void store(bf16* at, float x) { *at = bf16(nearest(x) >> 16); }
 
 // a * b + c, rounded once where torch's kernels for this instruction set do so.
 inline float fused(float a, float b, float c) {

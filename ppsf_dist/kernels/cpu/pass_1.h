@@ -28,9 +28,10 @@ __attribute__((noinline)) void line_sums(const T* g, int64_t n, int64_t lines, f
     if (n == 16) return line_sums_of<T, 16>(g, lines, of_line, along);
     if (n == 32) return line_sums_of<T, 32>(g, lines, of_line, along);
     if (n == 64) return line_sums_of<T, 64>(g, lines, of_line, along);
-    int64_t l = 0;
-    for (; l + 4 <= lines; l += 4) {
-        const T *g0 = g + l * n, *g1 = g0 + n, *g2 = g1 + n, *g3 = g2 + n;
+    // Four lines at once, far from each other: then memory answers for each of them ahead.
+    const int64_t apart = lines / 4;
+    for (int64_t l = 0; l < apart; l++) {
+        const T *g0 = g + l * n, *g1 = g0 + apart * n, *g2 = g1 + apart * n, *g3 = g2 + apart * n;
         float a0 = 0, a1 = 0, a2 = 0, a3 = 0;
 #pragma omp simd reduction(+ : a0, a1, a2, a3)
         for (int64_t j = 0; j < n; j++) {
@@ -39,9 +40,9 @@ __attribute__((noinline)) void line_sums(const T* g, int64_t n, int64_t lines, f
             a0 += x0, a1 += x1, a2 += x2, a3 += x3;
             along[j] += (x0 + x1) + (x2 + x3);
         }
-        of_line[l] = a0, of_line[l + 1] = a1, of_line[l + 2] = a2, of_line[l + 3] = a3;
+        of_line[l] = a0, of_line[l + apart] = a1, of_line[l + 2 * apart] = a2, of_line[l + 3 * apart] = a3;
     }
-    for (; l < lines; l++) {
+    for (int64_t l = 4 * apart; l < lines; l++) {
         float a = 0;
 #pragma omp simd reduction(+ : a)
         for (int64_t j = 0; j < n; j++) {
@@ -57,7 +58,7 @@ __attribute__((noinline)) void line_sums(const T* g, int64_t n, int64_t lines, f
 // A matrix: rows and columns of some of its lines.
 template <class T>
 void matrix_sums(const Plan& plan, const Piece& piece, const T* g, int64_t first, int64_t last, float* along, double* result) {
-    constexpr int64_t AT_ONCE = 64;
+    constexpr int64_t AT_ONCE = 256;
     const int64_t stride = piece.row_step ? piece.col_stride[0] : piece.row_stride[0];
     float of_line[AT_ONCE];
     for (int64_t l = first; l < last; l += AT_ONCE) {
@@ -98,19 +99,21 @@ __attribute__((noinline)) void statistics(const Piece& piece, const Numbers& c, 
     Samples of;
     const T* g = memory.g ? memory.g + b.at : nullptr;
     const T *y = memory.y + b.at, *point = piece.flags & SCHEDULEFREE ? memory.z + b.at : y;
+    float *of_g = of.copies[0], *of_point = of.copies[1], *of_p0 = of.copies[2];
     for (int64_t first = 0; first < b.count; first += SAMPLES) {
         const int64_t count = b.count - first < SAMPLES ? b.count - first : SAMPLES;
         const int64_t at = b.phase + first * piece.slice_p, sample = b.sample + first;
-        if (g) gather(g + at, count, piece.slice_p, of.g);
-        else memset(of.g, 0, sizeof(float) * count);
-        if (memory.packed) load_samples(memory.packed, piece.flags & WEIGHTS_IN_BF16, sample, count, of.point);
-        else gather(point + at, count, piece.slice_p, of.point);
+        if (g) gather(g + at, count, piece.slice_p, of_g);
+        else memset(of_g, 0, sizeof(float) * count);
         if (piece.flags & COUPLED_DECAY) {
-            gather(y + at, count, piece.slice_p, of.p0);
-            for (int64_t m = 0; m < count; m++) of.g[m] = of.p0[m] * c.of[WEIGHT_DECAY] + of.g[m];
+            gather(y + at, count, piece.slice_p, of_p0);
+            for (int64_t m = 0; m < count; m++) of_g[m] = of_p0[m] * c.of[WEIGHT_DECAY] + of_g[m];
         }
-        load_samples(memory.p0, piece.flags & P0_IN_BF16, sample, count, of.p0);
-        if (!(piece.flags & SPEED)) load_samples(memory.s, piece.flags & S_IN_BF16, sample, count, of.s);
+        if (!memory.packed) gather(point + at, count, piece.slice_p, of_point);
+        of.g = of_g;
+        of.point = memory.packed ? samples(memory.packed, piece.flags & WEIGHTS_IN_BF16, sample, count, of_point) : of_point;
+        of.p0 = samples(memory.p0, piece.flags & P0_IN_BF16, sample, count, of_p0);
+        if (!(piece.flags & SPEED)) of.s = samples(memory.s, piece.flags & S_IN_BF16, sample, count, of.copies[3]);
         sample_sums(piece, c, of, count, result);
     }
 }
@@ -137,7 +140,7 @@ void pass_1(const Plan& plan, const Task& task, double* result) {
         memset(plan.partial + task.partial, 0, sizeof(double) * (piece.row_count + piece.col_count));
     }
     // Few lines at a time, so that what follows their sums finds them in the cache.
-    const int64_t some = n < 4096 ? 16384 / n : 4;
+    const int64_t some = n < 8192 ? 32768 / n : 4;
     Task part = task;
     for (part.first_line = task.first_line; part.first_line < task.last_line; part.first_line = part.last_line) {
         part.last_line = task.last_line - part.first_line < some ? task.last_line : part.first_line + some;

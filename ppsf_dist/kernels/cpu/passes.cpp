@@ -140,10 +140,7 @@ EXPORTED void ppsf_fill_factors(const Plan* plan, const Moments* moments, const 
     fill_factors(*plan, *moments, *range);
 }
 
-EXPORTED void ppsf_write_moments(const Plan* plan, const Moments* m) {
-    for (int64_t i = 0; i < m->count; i++)
-        if (plan->moments_gate[m->slot_of[i]]) m->values[i] = m->after[i];
-}
+EXPORTED void ppsf_write_moments(const Plan* plan, const Moments* moments) { write_moments(*plan, *moments); }
 
 // Whether the packed samples, as far as a few of each task tell, are those of z.
 EXPORTED int ppsf_is_packed(const Plan* plan, int64_t tasks) {
