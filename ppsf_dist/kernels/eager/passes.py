@@ -48,6 +48,8 @@ class EagerPasses:
 
     def __init__(self, workspace: Workspace, works: Sequence[Work], moments: FactoredMoments, buffers: Buffers) -> None:
         self._workspace, self.works, self._moments, self._buffers = workspace, works, moments, buffers
+        # Views of a table that stays where it is.
+        self._of_one: dict[int, SimpleNamespace] = {}
 
     @property
     def kept(self) -> int:
@@ -260,7 +262,13 @@ class EagerPasses:
 
     def _coefficients(self, work: Work) -> SimpleNamespace:
         c = self._buffers.coefficients
-        return SimpleNamespace(**dict(zip(c.names, _columns(c.table, work), strict=True)))
+        slot = work.slots[0] if len(work.slots) == 1 else None
+        if slot in self._of_one:
+            return self._of_one[slot]
+        found = SimpleNamespace(**dict(zip(c.names, _columns(c.table, work), strict=True)))
+        if slot is not None:
+            self._of_one[slot] = found
+        return found
 
     def _of_axes(self, work: Work) -> tuple[Tensor, Tensor] | None:
         """The factors of a work's rows and columns, if it is factored."""

@@ -91,9 +91,11 @@ class Tile:
         return vectors
 
     def sampled(self, stacked: Tensor) -> Tensor:
-        """The sampled elements of ``(pieces, *size)``, as ``(pieces, m)``."""
+        """The sampled elements of ``(pieces, *size)``, as ``(pieces, m)``, one after the other."""
         flat = stacked.reshape(stacked.shape[0], -1)
-        return flat[:, self.phase :: self.slice_p] if self.index is None else flat.index_select(1, self.index)
+        if self.index is not None:
+            return flat.index_select(1, self.index)
+        return flat[:, self.phase :: self.slice_p].contiguous()
 
     def _narrow(self, piece: Tensor) -> Tensor:
         for axis, (start, n) in enumerate(zip(self.start, self.size, strict=True)):
