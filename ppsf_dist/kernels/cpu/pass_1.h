@@ -5,19 +5,31 @@
 namespace ppsf {
 namespace {
 
+// Sums of neighbours, two by two.
+APART void pair_sums(const float* __restrict from, int64_t n, float* __restrict to) {
+    for (int64_t i = 0; i < n; i++) to[i] = from[2 * i] + from[2 * i + 1];
+}
+
 // Of some lines of squares: the sum of each, and added to `along` the sums of their elements.
 template <class T, int64_t N>
 void line_sums_of(const T* g, int64_t lines, float* of_line, float* along) {
-    alignas(64) float total[N] = {};
-    for (int64_t l = 0; l < lines; l++, g += N) {
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < N; j++) {
-            const float x = load(g[j]), square = x * x;
-            total[j] += square;
-            sum += square;
+    constexpr int64_t SOME = BLOCK / N;
+    alignas(64) float total[N] = {}, squares[BLOCK], halves[BLOCK / 2];
+    for (int64_t first = 0; first < lines; first += SOME) {
+        const int64_t count = lines - first < SOME ? lines - first : SOME;
+        for (int64_t l = 0; l < count; l++, g += N)
+            for (int64_t j = 0; j < N; j++) {
+                const float x = load(g[j]), square = x * x;
+                squares[l * N + j] = square;
+                total[j] += square;
+            }
+        // Half as many in each round, until there is one for each line.
+        float *from = squares, *to = halves;
+        for (int64_t n = N / 2; n; n /= 2) {
+            pair_sums(from, count * n, n > 1 ? to : of_line + first);
+            float* const next = from;
+            from = to, to = next;
         }
-        of_line[l] = sum;
     }
     for (int64_t j = 0; j < N; j++) along[j] += total[j];
 }
