@@ -42,6 +42,24 @@ __attribute__((noinline)) double common_norms(const T* g, int64_t n, int64_t apa
     return total;
 }
 
+// Of short lines, some of them for each rounding to fp64.
+template <class T, int64_t N>
+double common_norms_of(const T* g, int64_t lines, const float* across, int64_t stride, const float* along, float eps) {
+    constexpr int64_t SOME = BLOCK / N;
+    double total = 0;
+    for (int64_t first = 0; first < lines; first += SOME) {
+        const int64_t last = lines - first < SOME ? lines : first + SOME;
+        alignas(64) float sums[N] = {};
+        for (int64_t l = first; l < last; l++, g += N)
+            for (int64_t j = 0; j < N; j++) {
+                const float u = load(g[j]) / (across[l * stride] * along[j] + eps);
+                sums[j] += u * u;
+            }
+        for (int64_t j = 0; j < N; j++) total += double(sums[j]);
+    }
+    return total;
+}
+
 template <class T>
 void pass_2(const Plan& plan, const Task& task, double* result) {
     const Piece& piece = plan.pieces[task.piece];
@@ -53,15 +71,25 @@ void pass_2(const Plan& plan, const Task& task, double* result) {
     Floats floats;
     Direction d;
     Task rest = task;
-    if (common && (piece.flags & MATRIX) && piece.n >= SHORT && memory.g) {
+    if (common && (piece.flags & MATRIX) && piece.axes == 1 && memory.g) {
         const bool rows = !piece.row_step;
         const int64_t stride = rows ? piece.row_stride[0] : piece.col_stride[0];
         const float* across = plan.factors + (rows ? piece.row : piece.col);
         const float* along = plan.factors + (rows ? piece.col : piece.row);
-        const int64_t apart = (task.last_line - task.first_line) / 4;
-        for (int64_t l = task.first_line; l < task.first_line + apart; l++)
-            result[UU] += common_norms(memory.g + l * piece.n, piece.n, apart, across + l * stride, stride, along, c.of[D_EPS]);
-        rest.first_line += 4 * apart;
+        const float eps = c.of[D_EPS];
+        const int64_t lines = task.last_line - task.first_line, apart = lines / 4;
+        const T* g = memory.g + task.first_line * piece.n;
+        across += task.first_line * stride;
+        auto of_short = [&](auto norms) { result[UU] += norms(g, lines, across, stride, along, eps), rest.first_line += lines; };
+        if (piece.n == 8) of_short(common_norms_of<T, 8>);
+        else if (piece.n == 16) of_short(common_norms_of<T, 16>);
+        else if (piece.n == 32) of_short(common_norms_of<T, 32>);
+        else if (piece.n == 64) of_short(common_norms_of<T, 64>);
+        else if (piece.n >= SHORT) {
+            for (int64_t l = 0; l < apart; l++)
+                result[UU] += common_norms(g + l * piece.n, piece.n, apart, across + l * stride, stride, along, eps);
+            rest.first_line += 4 * apart;
+        }
     }
     Blocks blocks(plan, rest, piece.flags & FACTORED);
     while (blocks.next(b)) {
