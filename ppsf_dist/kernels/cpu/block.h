@@ -204,12 +204,6 @@ APART void move(const Piece& piece, const Numbers& c, const float* y, const floa
 
 constexpr int64_t SAMPLES = 1024;
 
-// Some samples as floats: where they lie, or copies.
-struct Samples {
-    const float *g, *point, *p0, *s;
-    alignas(64) float copies[4][SAMPLES];
-};
-
 template <int64_t STEP, class A>
 inline void gather_each(const A* from, int64_t count, A* to) {
     for (int64_t m = 0; m < count; m++) to[m] = from[m * STEP];
@@ -231,63 +225,60 @@ inline void gather(const A* from, int64_t count, int64_t slice_p, float* to) {
     for (int64_t m = 0; m < count; m++) to[m] = load(beside[m]);
 }
 
-// Samples that are stored one after the other, in one dtype or the other.
-APART const float* samples(const void* from, bool half, int64_t at, int64_t count, float* beside) {
-    return half ? floats(static_cast<const bf16*>(from) + at, count, beside) : static_cast<const float*>(from) + at;
-}
+// Prodigy's s after this step: from one sample of it and of the gradient, as a float and as it is stored.
+struct GradientSum {
+    float beta3, weight;
 
-// Prodigy's s after this step; `after` may be where it is.
-APART void gradient_sum(const Piece& piece, const Numbers& c, const float* g, int64_t count, const float* s, float* after) {
-    constexpr int64_t both = WEIGHTS_IN_BF16 | S_IN_BF16;
-    // Where both have it, torch rounds the weight to their dtype.
-    const float beta3 = c.of[BETA3], weight = (piece.flags & both) == both ? as_bf16(c.of[S_WEIGHT]) : c.of[S_WEIGHT];
-    if (piece.flags & S_IN_BF16)
-        for (int64_t m = 0; m < count; m++) after[m] = as_bf16(as_bf16(s[m] * beta3) + g[m] * weight);
-    else
-        for (int64_t m = 0; m < count; m++) after[m] = s[m] * beta3 + g[m] * weight;
-}
+    // Where both have 16 bits, torch rounds the weight to their dtype.
+    GradientSum(const Piece& piece, const Numbers& c) : beta3(c.of[BETA3]), weight(c.of[S_WEIGHT]) {
+        constexpr int64_t both = WEIGHTS_IN_BF16 | S_IN_BF16;
+        if ((piece.flags & both) == both) weight = as_bf16(weight);
+    }
 
-APART double absolute_sum(const float* x, int64_t n) {
-    // Nothing cancels here.
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; j++) sum += __builtin_fabsf(x[j]);
-    return sum;
-}
+    float after(float s, float g) const { return s * beta3 + g * weight; }
+    float after(bf16 s, float g) const { return as_bf16(as_bf16(load(s) * beta3) + g * weight); }
+};
 
-APART void sample_sums(const Piece& piece, const Numbers& c, const Samples& of, int64_t count, double* sums) {
-    constexpr int64_t both = WEIGHTS_IN_BF16 | P0_IN_BF16;
-    const float *g = of.g, *p0 = of.p0, *point = of.point;
-    alignas(64) float other[SAMPLES];
-    double dot = 0, l1 = 0, square = 0;
-    for (int64_t m = 0; m < count; m++) other[m] = p0[m] - point[m];
-    if ((piece.flags & both) == both)
-        for (int64_t m = 0; m < count; m++) other[m] = as_bf16(other[m]);
+inline void keep(float* at, float x) { *at = x; }
+inline void keep(bf16* at, float x) { *at = bf16(bits_of(x) >> 16); }
+
+// Sums over samples: of the gradient, of the point where it was taken, and of p0 and s as they are stored.
+template <class P, class S>
+APART void sample_sums(const Piece& piece, const Numbers& c, const float* g, const float* point, const P* p0, const S* s,
+                       int64_t count, double* sums) {
+    const GradientSum sum(piece, c);
+    const bool rounds = (piece.flags & WEIGHTS_IN_BF16) && sizeof(P) == sizeof(bf16);
+    double dot = 0;
+    if (rounds)
 #pragma omp simd reduction(+ : dot)
-    for (int64_t m = 0; m < count; m++) dot += double(g[m] * other[m]);
+        for (int64_t m = 0; m < count; m++) dot += double(g[m] * as_bf16(load(p0[m]) - point[m]));
+    else
+#pragma omp simd reduction(+ : dot)
+        for (int64_t m = 0; m < count; m++) dot += double(g[m] * (load(p0[m]) - point[m]));
     sums[DOT] += dot;
+    double l1 = 0, square = 0;
     if (piece.flags & SPEED) {
         for (int64_t m = 0; m < count; m++) {
-            l1 += double(__builtin_fabsf(other[m]));
-            square += double(other[m] * other[m]);
+            const float apart = load(p0[m]) - point[m], difference = rounds ? as_bf16(apart) : apart;
+            l1 += double(__builtin_fabsf(difference));
+            square += double(difference * difference);
         }
         sums[DELTA_L1] += l1;
         sums[DELTA_SQUARE] += square;
     } else {
-        gradient_sum(piece, c, g, count, of.s, other);
-        sums[S_L1] += absolute_sum(other, count);
+        // Nothing cancels here.
+        float of_block = 0;
+#pragma omp simd reduction(+ : of_block)
+        for (int64_t m = 0; m < count; m++) of_block += __builtin_fabsf(sum.after(s[m], g[m]));
+        sums[S_L1] += double(of_block);
     }
 }
 
-APART void update_s(const Piece& piece, const Numbers& c, const float* g, int64_t count, int64_t at, void* s) {
-    if (!(piece.flags & S_IN_BF16)) {
-        float* here = static_cast<float*>(s) + at;
-        return gradient_sum(piece, c, g, count, here, here);
-    }
-    alignas(64) float after[SAMPLES];
-    bf16* here = static_cast<bf16*>(s) + at;
-    gradient_sum(piece, c, g, count, floats(here, count, after), after);
-    for (int64_t m = 0; m < count; m++) here[m] = bf16(bits_of(after[m]) >> 16);
+template <class S>
+APART void update_s(const Piece& piece, const Numbers& c, const float* g, int64_t count, S* s) {
+    const GradientSum sum(piece, c);
+#pragma omp simd
+    for (int64_t m = 0; m < count; m++) keep(s + m, sum.after(s[m], g[m]));
 }
 
 }  // namespace ppsf

@@ -108,25 +108,29 @@ APART void line_sums_anywhere(const Piece& piece, const float* g, int64_t begin,
 template <class T>
 __attribute__((noinline)) void statistics(const Piece& piece, const Numbers& c, const Memory<T>& memory, const Block& b,
                                           double* result) {
-    Samples of;
+    alignas(64) float of_g[SAMPLES], of_point[SAMPLES];
     const T* g = memory.g ? memory.g + b.at : nullptr;
-    const T *y = memory.y + b.at, *point = piece.flags & SCHEDULEFREE ? memory.z + b.at : y;
-    float *of_g = of.copies[0], *of_point = of.copies[1], *of_p0 = of.copies[2];
+    const T *y = memory.y + b.at, *from = piece.flags & SCHEDULEFREE ? memory.z + b.at : y;
     for (int64_t first = 0; first < b.count; first += SAMPLES) {
         const int64_t count = b.count - first < SAMPLES ? b.count - first : SAMPLES;
         const int64_t at = b.phase + first * piece.slice_p, sample = b.sample + first;
         if (g) gather(g + at, count, piece.slice_p, of_g);
         else memset(of_g, 0, sizeof(float) * count);
         if (piece.flags & COUPLED_DECAY) {
-            gather(y + at, count, piece.slice_p, of_p0);
-            for (int64_t m = 0; m < count; m++) of_g[m] = of_p0[m] * c.of[WEIGHT_DECAY] + of_g[m];
+            gather(y + at, count, piece.slice_p, of_point);
+            for (int64_t m = 0; m < count; m++) of_g[m] = of_point[m] * c.of[WEIGHT_DECAY] + of_g[m];
         }
-        if (!memory.packed) gather(point + at, count, piece.slice_p, of_point);
-        of.g = of_g;
-        of.point = memory.packed ? samples(memory.packed, piece.flags & WEIGHTS_IN_BF16, sample, count, of_point) : of_point;
-        of.p0 = samples(memory.p0, piece.flags & P0_IN_BF16, sample, count, of_p0);
-        if (!(piece.flags & SPEED)) of.s = samples(memory.s, piece.flags & S_IN_BF16, sample, count, of.copies[3]);
-        sample_sums(piece, c, of, count, result);
+        const float* point = of_point;
+        if (memory.packed) point = floats(memory.packed + sample, count, of_point);
+        else gather(from + at, count, piece.slice_p, of_point);
+        // In one dtype or the other, each.
+        auto with = [&](auto* p0, auto* s) { sample_sums(piece, c, of_g, point, p0 + sample, s + sample, count, result); };
+        const auto of_s = [&](auto* p0) {
+            if (piece.flags & S_IN_BF16) with(p0, static_cast<const bf16*>(memory.s));
+            else with(p0, static_cast<const float*>(memory.s));
+        };
+        if (piece.flags & P0_IN_BF16) of_s(static_cast<const bf16*>(memory.p0));
+        else of_s(static_cast<const float*>(memory.p0));
     }
 }
 

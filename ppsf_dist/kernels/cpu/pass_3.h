@@ -102,13 +102,17 @@ void pass_3(const Plan& plan, const Task& task, double*) {
     const bool averages = flags & SCHEDULEFREE, sums = (flags & STATISTICS) && !(flags & SPEED);
     alignas(64) float new_y[BLOCK], new_z[BLOCK], of_g[SAMPLES];
     int64_t first_sample = task.sample, samples = 0;
+    auto update = [&] {
+        if (flags & S_IN_BF16) update_s(piece, c, of_g, samples, static_cast<bf16*>(memory.s) + first_sample);
+        else update_s(piece, c, of_g, samples, static_cast<float*>(memory.s) + first_sample);
+    };
     Floats floats;
     Direction d;
     Block b;
     Blocks blocks(plan, task, flags & FACTORED);
     while (blocks.next(b)) {
         if (samples + b.count > SAMPLES) {
-            update_s(piece, c, of_g, samples, first_sample, memory.s);
+            update();
             first_sample += samples, samples = 0;
         }
         T *y = memory.y + b.at, *z = averages ? memory.z + b.at : nullptr;
@@ -129,7 +133,7 @@ void pass_3(const Plan& plan, const Task& task, double*) {
         if (sums) samples += b.count;
         if (memory.packed) gather_as_stored(z + b.phase, b.count, piece.slice_p, memory.packed + b.sample);
     }
-    if (samples) update_s(piece, c, of_g, samples, first_sample, memory.s);
+    if (samples) update();
 }
 
 // The samples of a task, or the first of them, as they lie in z.
