@@ -30,12 +30,12 @@ SOME: dict[str, Shapes] = {
 }
 LIMITS = {
     ("gpt2", torch.float32): 3.0,
-    ("gpt2", torch.bfloat16): 2.9,
-    ("mat4k", torch.float32): 2.8,
-    ("mat4k", torch.bfloat16): 2.7,
-    ("lora", torch.float32): 3.3,
-    ("lora", torch.bfloat16): 3.3,
-    ("tiny", torch.float32): 2.8,
+    ("gpt2", torch.bfloat16): 2.3,
+    ("mat4k", torch.float32): 2.9,
+    ("mat4k", torch.bfloat16): 2.3,
+    ("lora", torch.float32): 3.2,
+    ("lora", torch.bfloat16): 2.8,
+    ("tiny", torch.float32): 2.5,
 }
 """Half as much again as was measured."""
 
@@ -75,6 +75,26 @@ def _one_thread() -> None:
 def test_a_step_beside_fused_adamw(name: str, dtype: torch.dtype) -> None:
     limit = LIMITS[name, dtype]
     assert ratio(OURS, name, dtype, limit) <= limit
+
+
+def test_a_step_beside_its_reads_and_writes_alone() -> None:
+    """2.1 times was measured."""
+    ours, memory = (build(which, parameters("gpt2", torch.float32)) for which in (OURS, "memory alone"))
+    ratios = [compare(OURS, ours, memory, "cpu", steps=7).ratio for _ in range(ATTEMPTS)]
+    assert min(ratios) <= 3.5, ratios
+
+
+def test_what_memory_alone_takes_touches_everything() -> None:
+    """Each word of the gradient ends up in y and in z, and the samples change."""
+    params = parameters("tiny", torch.float32)[:3]
+    before = [p.detach().clone() for p in params]
+    memory = build("memory alone", params)
+    memory.step()
+    for p, old in zip(params, before, strict=True):
+        assert p.grad is not None
+        bits = [t.detach().view(torch.int64) for t in (p, old, p.grad, memory.state[p]["z"])]
+        assert torch.equal(bits[0], bits[1] ^ bits[2]) and torch.equal(bits[3], bits[2])
+        assert memory.state[p]["samples"].any()
 
 
 @pytest.mark.parametrize("name", EAGER)
