@@ -164,13 +164,10 @@ def with_noise(gradients: dict[str, Tensor | None], step: int) -> dict[str, Tens
     }
 
 
-def twice(
-    noise: dict[str, float], *, most: dict[str, float], stable: dict[str, float] | None = None
-) -> dict[str, float]:
+def twice(noise: dict[str, float], *, most: dict[str, float]) -> dict[str, float]:
     """What an unstable switch may make of another order of summation: twice what it makes of rounding noise.
 
-    ``most`` bounds the noise itself, without which a switch that blew it up would allow any difference. ``stable`` is what
-    any other switch may make of it: one draw of noise may be smaller than that.
+    ``most`` bounds the noise itself, without which a switch that blew it up would allow any difference.
     """
     assert noise.keys() == most.keys() and all(noise[key] <= bound for key, bound in most.items()), (noise, most)
-    return {key: max(2 * value, (stable or {}).get(key, 0.0)) for key, value in noise.items()}
+    return {key: 2 * value for key, value in noise.items()}
