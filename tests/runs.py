@@ -78,7 +78,7 @@ def open_loop(
     groups: int = 1,
     dtype: torch.dtype = torch.float32,
     missing: Any = None,
-    noisy: bool = False,
+    noisy: int = 0,
     optimizer_class: str = "ProdigyPlusScheduleFree",
     **switches: Any,
 ) -> Run:
@@ -92,7 +92,7 @@ def open_loop(
         optimizer = make_other(optimizer_class, parameters, groups, **switches)
     run = Run(start, {}, {})
     for step, gradients in enumerate(gradient_sequence(shapes, steps, dtype=dtype, missing=missing)):
-        given = with_noise(gradients, step) if noisy else gradients
+        given = with_noise(gradients, step, noisy) if noisy else gradients
         if step < steps - 1:
             take_step(optimizer, parameters, given)
         else:
@@ -153,9 +153,9 @@ def check_same(run: Run, reference: Run) -> None:
     assert difference(run, reference)["weights"] <= 1e-6
 
 
-def with_noise(gradients: dict[str, Tensor | None], step: int) -> dict[str, Tensor | None]:
+def with_noise(gradients: dict[str, Tensor | None], step: int, draw: int = 1) -> dict[str, Tensor | None]:
     """Gradients moved by one rounding unit: what a run does with them shows how well it is conditioned."""
-    generator = torch.Generator().manual_seed(step)
+    generator = torch.Generator().manual_seed(step + 1000 * (draw - 1))
     return {
         name: None
         if g is None

@@ -28,11 +28,14 @@ SHARDED = [name for name, layout in LAYOUTS.items() if layout.world_size > 1]
 UNSTABLE = {"d_limiter": {"d": 2e-5, "weights": 2.5e-6}}
 """Here d multiplies rounding errors from step to step, in one process too: at most to so much."""
 
+DRAWS = 8
+"""Of rounding noise: one alone may by chance be far below what others make of it."""
+
 FSDP = ("fsdp_1", "fsdp_2", "fsdp_3", "fsdp_4", "fsdp_real")
 
 
 @functools.cache
-def single(switch: str, dtype: torch.dtype = torch.float32, *, noisy: bool = False, all_shapes: bool = False) -> Run:
+def single(switch: str, dtype: torch.dtype = torch.float32, *, noisy: int = 0, all_shapes: bool = False) -> Run:
     shapes = ALL_SHAPES if all_shapes else SHAPES
     return open_loop(SINGLE, shapes, STEPS, groups=2, dtype=dtype, noisy=noisy, **EVERY[switch])
 
@@ -51,7 +54,8 @@ def test_every_layout_gives_the_run_of_one_process(name: str, switch: str) -> No
     reference = single(switch)
     allowed = {"d": 1e-6, "weights": 1e-5}
     if switch in UNSTABLE:
-        noise = difference(single(switch, noisy=True), reference)
+        draws = [difference(single(switch, noisy=draw), reference) for draw in range(1, DRAWS + 1)]
+        noise = {key: max(draw[key] for draw in draws) for key in allowed}
         allowed = twice(noise, most=UNSTABLE[switch])
     apart = difference(on_layout(LAYOUTS[name], SHAPES, **EVERY[switch]), reference)
     assert apart["d"] <= allowed["d"] and apart["weights"] <= allowed["weights"], (apart, allowed)

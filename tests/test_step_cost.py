@@ -29,9 +29,9 @@ SOME: dict[str, Shapes] = {
     "tiny": SETS["tiny"],
 }
 LIMITS = {
-    ("gpt2", torch.float32): 3.0,
+    ("gpt2", torch.float32): 2.6,
     ("gpt2", torch.bfloat16): 2.3,
-    ("mat4k", torch.float32): 2.9,
+    ("mat4k", torch.float32): 2.8,
     ("mat4k", torch.bfloat16): 2.3,
     ("lora", torch.float32): 3.2,
     ("lora", torch.bfloat16): 2.8,
@@ -78,10 +78,10 @@ def test_a_step_beside_fused_adamw(name: str, dtype: torch.dtype) -> None:
 
 
 def test_a_step_beside_its_reads_and_writes_alone() -> None:
-    """2.1 times was measured."""
+    """1.4 times was measured on the whole set."""
     ours, memory = (build(which, parameters("gpt2", torch.float32)) for which in (OURS, "memory alone"))
     ratios = [compare(OURS, ours, memory, "cpu", steps=7).ratio for _ in range(ATTEMPTS)]
-    assert min(ratios) <= 3.5, ratios
+    assert min(ratios) <= 2.5, ratios
 
 
 def test_what_memory_alone_takes_touches_everything() -> None:
