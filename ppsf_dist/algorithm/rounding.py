@@ -45,10 +45,14 @@ def keys(seed: int, step: Tensor, parameter: Tensor) -> Tensor:
         step: int64 vector over parameters, the number of updates each has had.
         parameter: int64 vector, the number of each parameter among all of the optimizer.
     """
-    folded = (seed * _GOLDEN) & _MASK_32
-    key = low_32_bits(step + folded)
+    key = low_32_bits(step + folded(seed))
     mix_(key)
     return mix_(key.bitwise_xor_(low_32_bits(parameter * 0x632BE5AB)))
+
+
+def folded(seed: int) -> int:
+    """The 32 bits of a seed that are added to a step."""
+    return (seed * _GOLDEN) & _MASK_32
 
 
 def low_32_bits(x: Tensor) -> Tensor:

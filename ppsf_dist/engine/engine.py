@@ -260,7 +260,8 @@ class Engine(Planner):
         self.method.validate_step(self.groups)
         self.learning_rates.see(self.groups)
         self.numbers.absorb(self.groups)
-        return self.method.step_numbers(self.numbers, self.groups, self.seed)
+        numbers = self.kernels.step_numbers(self.method, self.numbers.values.device)
+        return numbers(self.numbers, self.groups, self.seed)
 
     def _drop_step(self) -> None:
         """The step that has begun ends without a trace, but for parts that were written."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -188,14 +189,16 @@ class PartNumbers:
 
     def __init__(self, step: StepNumbers, parameters: Tensor, traits: Traits, buffers: Buffers) -> None:
         self._step, self._parameters, self._traits, self._buffers = step, parameters, traits, buffers
-        updates = parameters[PARAMETER_NUMBERS.index("step")]
-        # ADOPT's first step, of the group or of a parameter that comes late, only sets the second moment.
-        self._adopt_first = traits.adopt
-        if traits.any_adopt:
-            self._adopt_first = traits.adopt & ((step.k[traits.group_of] == 1) | (updates == 0))
-        self._of = StepTraits(**vars(traits), updates=updates, adopt_first=self._adopt_first)
         self._gain: tuple[Tensor, Tensor] | None = None
         self._advance: Tensor | None = None
+
+    @cached_property
+    def _now(self) -> StepTraits:
+        """The parameters as they stand in this step."""
+        t, updates = self._traits, self._parameters[PARAMETER_NUMBERS.index("step")]
+        # ADOPT's first step, of the group or of a parameter that comes late, only sets the second moment.
+        first = t.adopt & ((self._step.k[t.group_of] == 1) | (updates == 0)) if t.any_adopt else t.adopt
+        return StepTraits(**vars(t), updates=updates, adopt_first=first)
 
     def begin(self, moments: FactoredMoments) -> None:
         """Write what passes 1 and 2 read and the step begins with."""
@@ -203,14 +206,14 @@ class PartNumbers:
         if self._traits.any_adopt and len(moments):
             self._buffers.factors.copy_(moments.factors(moments.values))
         if self._traits.any_random:
-            keys = rounding.keys(self._step.seed, self._of.updates.long(), self._traits.param_id)
+            keys = rounding.keys(self._step.seed, self._now.updates.long(), self._traits.param_id)
             self._buffers.keys.copy_(keys)
 
     def fill_coefficients(self) -> None:
         """Write the coefficients as far as they are known: with d of this step once the step has learned it."""
         coefficients = self._buffers.coefficients
         coefficients.fill(self._step.table(coefficients.names), self._traits.group_of)
-        for name, values in self._step.of_parameters(self._of).items():
+        for name, values in self._step.of_parameters(self._now).items():
             coefficients[name].copy_(values)
         self._gain = self._advance = None
 
@@ -252,7 +255,7 @@ class PartNumbers:
         columns = stats.sum(0)
         if self._traits.any_adopt:
             # ADOPT's first step divides by an empty moment: its direction does not count.
-            columns[Stat.UU] = torch.where(self._adopt_first, 0.0, stats[:, Stat.UU]).sum()
+            columns[Stat.UU] = torch.where(self._now.adopt_first, 0.0, stats[:, Stat.UU]).sum()
         # In fp64 the sums of finite numbers are finite, and sums of others are not.
         numbers = torch.cat((columns, sums.sum(dtype=torch.float64).view(1), outcome))
         known = None
@@ -277,11 +280,11 @@ class PartNumbers:
         finite, and makes no d, because the step is void then.
         """
         t, step = self._traits, self._step
-        counted = moved = verdict.active & ~self._adopt_first if t.any_adopt else verdict.active
+        counted = moved = verdict.active & ~self._now.adopt_first if t.any_adopt else verdict.active
         if step.adapts is not None:
             counted = moved & step.adapts[t.group_of]
         after = self._parameters.clone()
-        numerator, denominator = step.contributions(stats, self._of, counted, after)
+        numerator, denominator = step.contributions(stats, self._now, counted, after)
         after[PARAMETER_NUMBERS.index("step")].add_(1)
         shares = torch.stack((numerator, denominator, t.one, stats[:, Stat.GG], self._update_square(stats)))
         which = moved
@@ -310,7 +313,7 @@ class PartNumbers:
             moments = torch.zeros_like(moments)
         if self._step.moves is not None:
             moments = moments & self._step.moves[t.group_of]
-        weights = moments & ~self._adopt_first if t.any_adopt else moments
+        weights = moments & ~self._now.adopt_first if t.any_adopt else moments
         gates.moments.copy_(moments)
         gates.weights.copy_(weights)
         if not host.free:

@@ -6,7 +6,8 @@ import logging
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from functools import cached_property
+from itertools import compress, pairwise
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ppsf_dist.algorithm.second_moment import factoring
 from ppsf_dist.engine.host import HostAccess, PendingCopy
+from ppsf_dist.engine.native_numbers import NumbersTable
 from ppsf_dist.engine.part_numbers import Traits
 from ppsf_dist.engine.reductions import Outcome, Reductions, portions_of
 from ppsf_dist.kernels.choice import ChosenKernels, ChosenPasses
@@ -107,6 +109,7 @@ class Plan:
             if not state[shard.param]["step"]
         ]
         self._shapes = [shard.weights().shape for shard in shards]
+        self._params = [shard.param for shard in shards]
         self._are_whole = all(type(shard) is Shard for shard in shards)
         # Those whose gradient may have to be summed first.
         self._summed = [shard for shard in shards if type(shard).summand is not Shard.summand]
@@ -278,6 +281,11 @@ class Plan:
         self.reductions.table.stats[:, Stat.PRESENT] = self._present
         self.reductions.last.outcome[Outcome.UNSOUND] = unsound
 
+    @cached_property
+    def numbers_table(self) -> NumbersTable:
+        """What C++ is told of the parameters, where it computes their numbers."""
+        return NumbersTable(self.parameters, self.traits, self.buffers, self.reductions)
+
     def bind(self) -> None:
         """Look at the weights and gradients of this step: what the host does for it.
 
@@ -289,12 +297,13 @@ class Plan:
         if [here.shape for here in weights] != shapes:
             for here, slot, shape in zip(weights, self.slot_of_shard, shapes, strict=True):
                 refuse_reshaped(here.shape, shape, self.slots[slot])
-        if any([g is not None and _is_odd(g, shape) for g, shape in zip(gradients, shapes, strict=True)]):
+        present = [gradient is not None for gradient in gradients]
+        here_now = [gradient for gradient in gradients if gradient is not None]
+        if not _lie_like(here_now, list(compress(shapes, present))):
             for gradient, slot, shape in zip(gradients, self.slot_of_shard, shapes, strict=True):
-                if gradient is not None and _is_odd(gradient, shape):
+                if gradient is not None and not _lie_like([gradient], [shape]):
                     refuse_gradient(gradient, shape, self.slots[slot])
         self.passes.bind(weights, gradients)
-        present = [gradient is not None for gradient in gradients]
         if present != self._known_present:
             column = [0.0] * len(self.slots)
             for slot, is_here in zip(self.slot_of_shard, present, strict=True):
@@ -306,8 +315,7 @@ class Plan:
         """Weights and gradient of each shard as they are now."""
         if self._are_whole:
             # Asked for in every step.
-            params = [shard.param for shard in self.shards]
-            return params, [param.grad for param in params]
+            return self._params, [param.grad for param in self._params]
         return [shard.weights() for shard in self.shards], [shard.gradient() for shard in self.shards]
 
     def end(self) -> None:
@@ -362,8 +370,13 @@ class Plan:
                 self._state[shard.param][name] = row[slot]
 
 
-def _is_odd(gradient: Tensor, shape: torch.Size) -> bool:
-    return gradient.shape != shape or gradient.layout is not torch.strided or gradient.dtype.is_complex
+def _lie_like(gradients: list[Tensor], shapes: list[torch.Size]) -> bool:
+    """Whether all are dense and real, and have these shapes. Asked for in every step: no call for each of them."""
+    return (
+        [gradient.shape for gradient in gradients] == shapes
+        and {gradient.layout for gradient in gradients} <= {torch.strided}
+        and not any(dtype.is_complex for dtype in {gradient.dtype for gradient in gradients})
+    )
 
 
 def _initial(entry: Entry, shard: Shard, switches: Switches) -> Tensor:

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from ppsf_dist.kernels.cpu import library
 from ppsf_dist.kernels.cpu.backend import NativeKernels
+from ppsf_dist.kernels.cpu.numbers import NATIVE_NUMBERS
 from ppsf_dist.kernels.cpu.source import Unavailable
 from ppsf_dist.kernels.eager import EagerKernels
 from ppsf_dist.kernels.interface import Buffers, Kernels, KnownGates, Passes
 from ppsf_dist.kernels.pieces import why_not
 from ppsf_dist.kernels.triton import available
+from ppsf_dist.methods.base import Method, StepNumbers
 from ppsf_dist.methods.switches import Switches
 from ppsf_dist.sharding import Shard
 from ppsf_dist.state.moments import FactoredMoments
@@ -118,6 +120,11 @@ class ChosenKernels:
                 ) from error
             return Fast("eager", None, str(error))
 
+    def step_numbers(self, method: Method, device: torch.device) -> type[StepNumbers]:
+        """What computes the numbers of a step: as ``arithmetic``, all ranks have the same."""
+        native = NATIVE_NUMBERS if self._fast(device).name == "native" else {}
+        return native.get(method.step_numbers, method.step_numbers)
+
     def prepare(
         self,
         shards: Sequence[Shard],
@@ -143,16 +150,12 @@ class ChosenKernels:
             (fast.kernels, [row for row, why in enumerate(reasons) if not why]),
             (self._eager, [row for row, why in enumerate(reasons) if why]),
         ]
-
-        def some(of: Sequence[_T], rows: Sequence[int]) -> list[_T]:
-            return [of[row] for row in rows]
-
         parts: list[ChosenPart] = []
         for portion, (first, end) in enumerate(pairwise((*portions, len(moments.placed)))):
             for kernels, rows in chosen:
                 here = [row for row in rows if first <= slots[row] < end]
                 if kernels is not None and here:
-                    of_rows = some(shards, here), some(slots, here), some(switches, here)
+                    of_rows = _of_rows(shards, here), _of_rows(slots, here), _of_rows(switches, here)
                     parts.append(ChosenPart(kernels.prepare(*of_rows, moments, state, buffers), here, portion))
         uses = _uses(shards, reasons, fast.name, kept=sum(part.passes.kept for part in parts))
         self._tell(uses, missing if buffers.sums.device.type == "cpu" and self._choice != "eager" else "")
@@ -176,6 +179,11 @@ def _uses(shards: Sequence[Shard], reasons: Sequence[str], fast: str, *, kept: i
         Use("eager" if why else fast, why, parameters[why], elements[why], 0 if why else kept)
         for why in sorted(parameters)
     )
+
+
+def _of_rows(of: Sequence[_T], rows: Sequence[int]) -> Sequence[_T]:
+    """What belongs to some rows, which are in order; where that is all, nothing is copied in every step."""
+    return of if len(rows) == len(of) else [of[row] for row in rows]
 
 
 class ChosenPart(NamedTuple):
@@ -216,14 +224,14 @@ class ChosenPasses:
         return sum(part.passes.kept for part in self.parts)
 
     def fits(self, weights: Sequence[Tensor]) -> bool:
-        return all(passes.fits([weights[i] for i in rows]) for passes, rows, _ in self.parts)
+        return all(passes.fits(_of_rows(weights, rows)) for passes, rows, _ in self.parts)
 
     def bind(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         if not self.fits(weights):
             again = self._choose()
             self.parts, self.uses, self._first = again.parts, again.uses, again._first
         for passes, rows, _ in self.parts:
-            passes.bind([weights[i] for i in rows], [gradients[i] for i in rows])
+            passes.bind(_of_rows(weights, rows), _of_rows(gradients, rows))
 
     def release(self) -> None:
         for passes, _, _ in self.parts:

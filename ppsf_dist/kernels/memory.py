@@ -43,6 +43,7 @@ class Memory:
         device = shards[0].weights().device
         self._nothing = {dtype: torch.empty(0, dtype=dtype, device=device) for dtype in FLOATS}
         self.table = array("q", bytes(8 * len(ADDRESSES) * len(shards)))
+        self._known: dict[str, list[int]] = {}
         self.weights: list[Tensor] = []
         self._gradients: list[Tensor] = []
         self._state: dict[str, list[Tensor]] = {}
@@ -65,7 +66,10 @@ class Memory:
         """Take this step's tensors and look up where they are."""
         self.weights = list(weights)
         # Held: whoever drops one in the middle of a step does not free what the passes read.
-        self._gradients = [self._nothing[d] if g is None else g for g, d in zip(gradients, self._dtypes, strict=True)]
+        here = [gradient for gradient in gradients if gradient is not None]
+        if len(here) < len(gradients):
+            here = [self._nothing[d] if g is None else g for g, d in zip(gradients, self._dtypes, strict=True)]
+        self._gradients = here
         if not all(map(Tensor.is_contiguous, self._gradients)) or [g.dtype for g in self._gradients] != self._dtypes:
             pairs = zip(self._gradients, self._dtypes, strict=True)
             self._gradients = [gradient.to(dtype).contiguous() for gradient, dtype in pairs]
@@ -73,8 +77,11 @@ class Memory:
             self._look_up(name, tensors)
 
     def _look_up(self, name: str, tensors: Sequence[Tensor]) -> None:
-        """Where a tensor of each shard lies now."""
-        self.table[ADDRESSES.index(name) :: len(ADDRESSES)] = array("q", map(Tensor.data_ptr, tensors))
+        """Where a tensor of each shard lies now: most often where it has lain before."""
+        addresses = list(map(Tensor.data_ptr, tensors))
+        if addresses != self._known.get(name):
+            self.table[ADDRESSES.index(name) :: len(ADDRESSES)] = array("q", addresses)
+            self._known[name] = addresses
 
     def release(self) -> None:
         """Let go of the gradients."""

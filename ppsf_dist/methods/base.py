@@ -115,13 +115,17 @@ class StepNumbers(ABC):
     def __init__(self, numbers: GroupTable, groups: Sequence[Group], seed: int) -> None:
         self._numbers, self._groups, self.seed = numbers, groups, seed
         self.hyper = numbers.hyper(groups)
-        self.k = numbers["k"].clone()
         self.adapts: Tensor | None = None
         self.pauses: Tensor | None = None
         self.moves: Tensor | None = None
         self._table: Tensor | None = None
-        self.unsound = (~(numbers.hyper_table.isfinite().all(0) & self._is_sound())).sum()
         self._after: Tensor | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """What a step knows from its beginning on."""
+        self.k = self._numbers["k"].clone()
+        self.unsound = (~(self._numbers.hyper_table.isfinite().all(0) & self._is_sound())).sum()
 
     def _is_sound(self) -> Tensor:
         """Whether each group's adaptive numbers are finite."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ppsf_dist.algorithm import averaging, second_moment, step_size
 from ppsf_dist.algorithm.step_size import SpeedState, StepSize, StepSizeRule
-from ppsf_dist.methods.base import AVERAGING, Group, GroupTable, Method, Parameters, StepNumbers, Total
+from ppsf_dist.methods.base import AVERAGING, Group, Method, Parameters, StepNumbers, Total
 from ppsf_dist.methods.rules import (
     ANY,
     DECAY,
@@ -78,9 +78,9 @@ _HYPER_SWITCHES = ("d_limiter", "use_speed", "use_bias_correction", "use_schedul
 class ProdigyPlusNumbers(StepNumbers):
     """The numbers of one step: the length d * lr, RAdam's rectification, and d after it."""
 
-    def __init__(self, numbers: GroupTable, groups: Sequence[Group], seed: int) -> None:
-        super().__init__(numbers, groups, seed)
-        h, self.d = self.hyper, numbers["d"].clone()
+    def _begin(self) -> None:
+        super()._begin()
+        h, numbers, self.d = self.hyper, self._numbers, self._numbers["d"].clone()
         d = self.d
         if self._any("split_groups_mean"):
             d = torch.where(numbers["shared_d"] > 0, numbers["shared_d"], d)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -68,16 +69,13 @@ class Layout:
     def signature(self, part: Part) -> Hashable:
         """What the plan for a part depends on."""
         if part:
-            return tuple([(id(p), group, p.device, p.dtype) for p, group, _ in self.members(part)])
-        # Asked for in every step.
-        return tuple(
-            [
-                (id(p), group, p.device, p.dtype)
-                for group, params in enumerate(self.parameters())
-                for p in params
-                if p.requires_grad
-            ]
-        )
+            members = self.members(part)
+            params, counts = [member.param for member in members], tuple([member.group for member in members])
+        else:
+            trained = [[param for param in params if param.requires_grad] for params in self.parameters()]
+            params, counts = list(chain.from_iterable(trained)), tuple(map(len, trained))
+        # Asked for in every step: no call and no tuple for each of them.
+        return counts, tuple(map(id, params)), tuple([p.device for p in params]), tuple([p.dtype for p in params])
 
     def members(self, part: Part) -> list[Member]:
         """The trainable parameters of a part, in order."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppsf_dist.kernels.codes import COEFFICIENTS, SUMS, Piece
 from ppsf_dist.kernels.cpu.library import Library
-from ppsf_dist.kernels.cpu.tables import Job, MomentsTable, Pass, PlanTable, Range, Task
+from ppsf_dist.kernels.cpu.tables import Job, MomentsTable, Pass, PlanTable, Task
 from ppsf_dist.kernels.cpu.threads import Crew
 from ppsf_dist.kernels.interface import Buffers, KnownGates
 from ppsf_dist.kernels.memory import Memory, State
@@ -65,8 +65,7 @@ class NativePasses:
         self._pieces = (Piece * len(pieces))(*pieces)
         self._tasks, partial = _cut(library, self._pieces)
         self._batches = _batches(self._tasks)
-        self._whole = range_of(moments, range(len(moments.placed)))
-        self._stretches = _stretches(self._pieces, self._tasks, moments)
+        self._stretches = _stretches(self._pieces, self._tasks)
         slots = {piece.slot for piece in pieces}
         # Whether nobody else's parameters are factored.
         self._owns_moments = all(of is None or slot in slots for slot, of in enumerate(moments.placed))
@@ -129,10 +128,10 @@ class NativePasses:
         stretches = self._stretches if goes_on and torch.get_num_threads() == 1 else None
         self._went_on = stretches is not None
         if stretches is not None:
-            for first, last, range_ in stretches:
+            for first, last, *slots in stretches:
                 self._sum_squares(first, last)
-                self._library.update_moments(self._plan, self._moments, range_)
-                self._library.fill_factors(self._plan, self._moments, range_)
+                self._library.update_moments(self._plan, self._moments, *slots)
+                self._library.fill_factors(self._plan, self._moments, *slots)
                 self._take_norms(first, last)
             return
         for first, last in self._batches:
@@ -161,11 +160,11 @@ class NativePasses:
 
     def update_moments(self) -> None:
         if not (self._went_on and self._owns_moments):
-            self._library.update_moments(self._plan, self._moments, self._whole)
+            self._library.update_moments(self._plan, self._moments, 0, self._plan.slots)
 
     def fill_factors(self) -> None:
         if not (self._went_on and self._owns_moments):
-            self._library.fill_factors(self._plan, self._moments, self._whole)
+            self._library.fill_factors(self._plan, self._moments, 0, self._plan.slots)
 
     def write_moments(self, writes: Writes) -> None:
         self._library.write_moments(self._plan, self._moments)
@@ -183,26 +182,26 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _moments_table(moments: FactoredMoments, buffers: Buffers) -> MomentsTable:
-    means = torch.empty(len(moments.lengths))
+    ends = [len(moments), len(moments.rows), len(moments.lengths), len(moments.ordered)]
+    begins = [ends]
+    for placed in reversed(moments.placed):
+        begins.append(begins[-1] if placed is None else [placed.row.start, placed.rows, placed.cells, placed.ordered])
+    places, means = torch.tensor(begins[::-1]), torch.empty(len(moments.lengths))
     table = MomentsTable(
-        count=len(moments),
+        begins=places.data_ptr(),
         values=moments.values.data_ptr(),
         after=buffers.new_moments.data_ptr(),
-        slot_of=moments.slot_of.data_ptr(),
         inverse_n=moments.inverse_n.data_ptr(),
         in_bf16=_address(moments.in_bf16),
         adopt=_address(buffers.adopt),
-        rows=len(moments.rows),
-        row=moments.rows.data_ptr(),
         own_mean=moments.own_mean.data_ptr(),
         cell_of=moments.cell_of.data_ptr(),
-        cells=len(moments.lengths),
         ordered=moments.ordered.data_ptr(),
         lengths=moments.lengths.data_ptr(),
         means=means.data_ptr(),
     )
     # They live as long as the table.
-    table.held = (moments, means)
+    table.held = (moments, places, means)
     return table
 
 
@@ -221,40 +220,23 @@ def _batches(tasks: ctypes.Array[Task]) -> list[tuple[int, int]]:
     return list(zip(firsts, [*firsts, len(tasks)][1:], strict=True))
 
 
-def _stretches(
-    pieces: ctypes.Array[Piece], tasks: ctypes.Array[Task], moments: FactoredMoments
-) -> list[tuple[int, int, Range]] | None:
-    """Tasks of some parameters whose gradients fit a cache together, from and to, and the moments of these.
+def _stretches(pieces: ctypes.Array[Piece], tasks: ctypes.Array[Task]) -> list[tuple[int, int, int, int]] | None:
+    """Tasks of some parameters whose gradients fit a cache together, from and to, and these parameters.
 
     None where a parameter comes in several rounds, because its moments have to wait for the last, and where all shards
     of this rank are empty.
     """
     if not len(tasks) or any(piece.round for piece in pieces):
         return None
-    found: list[tuple[int, int, Range]] = []
-    first, elements = 0, 0
+    slots = [pieces[task.piece].slot for task in tasks]
+    firsts, elements = [0], 0
     for number, task in enumerate(tasks):
-        slot, before = pieces[task.piece].slot, pieces[tasks[number - 1].piece].slot
-        whole = number > 0 and slot != before
-        if whole and (elements > IN_CACHE or task.batch != tasks[number - 1].batch):
-            found.append((first, number, range_of(moments, range(pieces[tasks[first].piece].slot, before + 1))))
-            first, elements = number, 0
-        elif not whole and number and task.batch != tasks[number - 1].batch:
+        begins, other_batch = slots[number] != slots[number - 1], number and task.batch != tasks[number - 1].batch
+        if other_batch and not begins:
             return None
+        if number and begins and (elements > IN_CACHE or other_batch):
+            firsts.append(number)
+            elements = 0
         elements += (task.last_line - task.first_line) * (task.end - task.begin)
-    last = pieces[tasks[len(tasks) - 1].piece].slot
-    found.append((first, len(tasks), range_of(moments, range(pieces[tasks[first].piece].slot, last + 1))))
-    return found
-
-
-def range_of(moments: FactoredMoments, slots: range) -> Range:
-    """The part of the buffer that belongs to parameters that follow each other."""
-    ends = [len(moments), len(moments.rows), len(moments.lengths), len(moments.ordered)]
-
-    def before(slot: int) -> list[int]:
-        placed = next((of for of in moments.placed[slot:] if of is not None), None)
-        return ends if placed is None else [placed.row.start, placed.rows, placed.cells, placed.ordered]
-
-    begin, end = before(slots.start), before(slots.stop)
-    pairs = [(ctypes.c_int64 * 2)(*pair) for pair in zip(begin[:3], end[:3], strict=True)]
-    return Range(value=pairs[0], row=pairs[1], cell=pairs[2], ordered=begin[3])
+    ends = [*firsts[1:], len(tasks)]
+    return [(first, end, slots[first], slots[end - 1] + 1) for first, end in zip(firsts, ends, strict=True)]

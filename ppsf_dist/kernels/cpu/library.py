@@ -17,9 +17,12 @@ import torch
 
 from ppsf_dist.kernels.codes import Piece
 from ppsf_dist.kernels.cpu.source import BUILT, Unavailable, compile_into, file_name
-from ppsf_dist.kernels.cpu.tables import Job, MomentsTable, PlanTable, Range, Task
+from ppsf_dist.kernels.cpu.tables import GroupsTable, Job, MomentsTable, ParametersTable, PlanTable, Task
 
 logger = logging.getLogger(__name__)
+
+TABLES = (Piece, Task, Job, PlanTable, MomentsTable, GroupsTable, ParametersTable)
+"""What Python mirrors."""
 
 
 class Library:
@@ -38,9 +41,9 @@ class Library:
             functions = ctypes.CDLL(str(path))
         except OSError as error:
             raise Unavailable(f"{path} does not load: {error}") from error
-        sizes = (ctypes.c_int64 * 6)()
+        sizes = (ctypes.c_int64 * len(TABLES))()
         functions.ppsf_sizes(sizes)
-        if list(sizes) != [ctypes.sizeof(table) for table in (Piece, Task, Job, PlanTable, MomentsTable, Range)]:
+        if list(sizes) != [ctypes.sizeof(table) for table in TABLES]:
             raise Unavailable(f"{path} was made from another source")
         plan, moments, count = ctypes.POINTER(PlanTable), ctypes.POINTER(MomentsTable), ctypes.c_int64
         pieces, tasks, job = ctypes.POINTER(Piece), ctypes.POINTER(Task), ctypes.POINTER(Job)
@@ -54,11 +57,20 @@ class Library:
         self.run = function("run", plan, ctypes.c_int, job)
         self.add_partial = function("add_partial", plan, count, count)
         self.add_results = function("add_results", plan, count, count, count, ctypes.c_int)
-        self.update_moments = function("update_moments", plan, moments, ctypes.POINTER(Range))
-        self.fill_factors = function("fill_factors", plan, moments, ctypes.POINTER(Range))
+        self.update_moments = function("update_moments", plan, moments, count, count)
+        self.fill_factors = function("fill_factors", plan, moments, count, count)
         self.write_moments = function("write_moments", plan, moments)
         self.is_packed = function("is_packed", plan, count, returns=ctypes.c_int)
         self.pack = function("pack", plan, count)
+        groups, of, address = ctypes.POINTER(GroupsTable), ctypes.POINTER(ParametersTable), ctypes.c_void_p
+        self.begin_step = function("begin_step", groups)
+        self.fill_coefficients = function("fill_coefficients", groups, of)
+        self.fill_keys = function("fill_keys", of, ctypes.c_uint32)
+        self.fill_scales = function("fill_scales", groups, of)
+        self.find_cause = function("find_cause", of, address, returns=ctypes.c_int)
+        self.contribute = function("contribute", groups, of, address, ctypes.c_double, address, address)
+        self.fill_gates = function("fill_gates", of, address, ctypes.c_double)
+        self.end_step = function("end_step", groups, address, address)
 
 
 def load() -> Library:

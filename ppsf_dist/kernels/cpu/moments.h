@@ -5,21 +5,11 @@
 namespace ppsf {
 namespace {
 
-// Calls f with each run of values that belong to one parameter, from and to, and the parameter: they come in its order.
+// Calls f with each of some parameters that has factored moments, and where its part of every table begins and ends.
 template <class F>
-inline void each_run(const Moments& m, const int64_t* at, int64_t begin, int64_t end, F f) {
-    auto slot = [&](int64_t i) { return m.slot_of[at ? at[i] : i]; };
-    while (begin < end) {
-        const int64_t here = slot(begin);
-        int64_t low = begin, high = begin + 1;
-        for (int64_t step = 1; high < end && slot(high) == here; step *= 2) low = high, high = end - high < step ? end : high + step;
-        while (high - low > 1) {
-            const int64_t middle = low + (high - low) / 2;
-            (slot(middle) == here ? low : high) = middle;
-        }
-        f(begin, high, here);
-        begin = high;
-    }
+inline void each_factored(const Moments& m, int64_t first, int64_t last, F f) {
+    for (int64_t slot = first; slot < last; slot++)
+        if (m.begins[slot].value < m.begins[slot + 1].value) f(slot, m.begins[slot], m.begins[slot + 1]);
 }
 
 // The moments that divide in this step.
@@ -59,44 +49,43 @@ APART double ordered_sum(const float* x, int64_t n) {
     return total;
 }
 
-void update_moments(const Plan& plan, const Moments& m, const Range& range) {
+void update_moments(const Plan& plan, const Moments& m, int64_t first, int64_t last) {
     const float *beta2 = plan.coefficients + plan.rows[BETA2] * plan.slots,
                 *weight = plan.coefficients + plan.rows[SQUARE_WEIGHT] * plan.slots;
-    each_run(m, nullptr, range.value[0], range.value[1], [&](int64_t i, int64_t end, int64_t slot) {
+    each_factored(m, first, last, [&](int64_t slot, const Begins& begin, const Begins& end) {
+        const int64_t i = begin.value, n = end.value - i;
         const bool half = m.in_bf16 && m.in_bf16[i];
-        updated(m.values + i, beta2[slot], weight[slot], plan.sums + i, m.inverse_n + i, end - i, half, m.after + i);
+        updated(m.values + i, beta2[slot], weight[slot], plan.sums + i, m.inverse_n + i, n, half, m.after + i);
     });
 }
 
-void fill_factors(const Plan& plan, const Moments& m, const Range& range) {
-    each_run(m, nullptr, range.value[0], range.value[1], [&](int64_t i, int64_t end, int64_t slot) {
-        roots(dividing(m, slot) + i, end - i, plan.factors + i);
-    });
-    const int64_t* ordered = m.ordered + range.ordered;
-    for (int64_t cell = range.cell[0]; cell < range.cell[1]; cell++) {
-        const int64_t n = m.lengths[cell];
-        const float* of = dividing(m, m.slot_of[*ordered]);
-        double sum = 0;
-        if (ordered[n - 1] - ordered[0] == n - 1)
-            sum = ordered_sum(of + *ordered, n);
-        else
-            for (int64_t i = 0; i < n; i++) sum += double(of[ordered[i]]);
-        m.means[cell] = float(sum / double(n)), ordered += n;
-    }
-    // The values of R follow each other.
-    each_run(m, m.row, range.row[0], range.row[1], [&](int64_t k, int64_t end, int64_t slot) {
-        const float* x = dividing(m, slot) + m.row[k];
-        float* root = plan.factors + m.row[k];
-        if (m.own_mean[k]) return roots_of_own_shares(x, end - k, root);
-        // All of one cell, since its first and its last are.
-        if (m.cell_of[k] == m.cell_of[end - 1]) return roots_of_shares(x, m.means[m.cell_of[k]], end - k, root);
-        for (int64_t i = k; i < end; i++) roots_of_shares(x + i - k, m.means[m.cell_of[i]], 1, root + i - k);
+void fill_factors(const Plan& plan, const Moments& m, int64_t first, int64_t last) {
+    each_factored(m, first, last, [&](int64_t slot, const Begins& begin, const Begins& end) {
+        // R, then C.
+        const float *from = dividing(m, slot), *x = from + begin.value;
+        float* root = plan.factors + begin.value;
+        const int64_t rows = end.row - begin.row;
+        roots(x + rows, end.value - begin.value - rows, root + rows);
+        if (m.own_mean[begin.row]) return roots_of_own_shares(x, rows, root);
+        const int64_t* ordered = m.ordered + begin.ordered;
+        for (int64_t cell = begin.cell; cell < end.cell; cell++) {
+            const int64_t n = m.lengths[cell];
+            double sum = 0;
+            if (ordered[n - 1] - ordered[0] == n - 1)
+                sum = ordered_sum(from + *ordered, n);
+            else
+                for (int64_t i = 0; i < n; i++) sum += double(from[ordered[i]]);
+            m.means[cell] = float(sum / double(n)), ordered += n;
+        }
+        if (end.cell == begin.cell + 1) return roots_of_shares(x, m.means[begin.cell], rows, root);
+        for (int64_t i = 0; i < rows; i++) roots_of_shares(x + i, m.means[m.cell_of[begin.row + i]], 1, root + i);
     });
 }
 
 void write_moments(const Plan& plan, const Moments& m) {
-    each_run(m, nullptr, 0, m.count, [&](int64_t i, int64_t end, int64_t slot) {
-        if (plan.moments_gate[slot]) memcpy(m.values + i, m.after + i, sizeof(float) * (end - i));
+    each_factored(m, 0, plan.slots, [&](int64_t slot, const Begins& begin, const Begins& end) {
+        const int64_t i = begin.value;
+        if (plan.moments_gate[slot]) memcpy(m.values + i, m.after + i, sizeof(float) * (end.value - i));
     });
 }
 

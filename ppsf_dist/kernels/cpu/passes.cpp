@@ -1,6 +1,7 @@
 // The passes of ppsf_dist.kernels.interface over everything in a plan: plain C calls without torch, Python or threads of
 // their own. Several threads may be in the same call; which of them does a task changes no bit.
 #include "moments.h"
+#include "numbers.h"
 #include "pass_1.h"
 #include "pass_2.h"
 #include "pass_3.h"
@@ -62,7 +63,7 @@ using namespace ppsf;
 // The sizes of what Python mirrors.
 EXPORTED void ppsf_sizes(int64_t* sizes) {
     sizes[0] = sizeof(Piece), sizes[1] = sizeof(Task), sizes[2] = sizeof(Job), sizes[3] = sizeof(Plan);
-    sizes[4] = sizeof(Moments), sizes[5] = sizeof(Range);
+    sizes[4] = sizeof(Moments), sizes[5] = sizeof(Groups), sizes[6] = sizeof(Parameters);
 }
 
 // Cuts pieces, which come sorted by round, into tasks; returns how many. Writes them if there is room, and into `needed`
@@ -132,12 +133,12 @@ EXPORTED void ppsf_add_results(const Plan* plan, int64_t first, int64_t last, in
 
 // The factored moments of some parameters after a step, beside the old ones; their factors; and the new ones of all in
 // place of the old where a parameter's gate is open.
-EXPORTED void ppsf_update_moments(const Plan* plan, const Moments* moments, const Range* range) {
-    update_moments(*plan, *moments, *range);
+EXPORTED void ppsf_update_moments(const Plan* plan, const Moments* moments, int64_t first, int64_t last) {
+    update_moments(*plan, *moments, first, last);
 }
 
-EXPORTED void ppsf_fill_factors(const Plan* plan, const Moments* moments, const Range* range) {
-    fill_factors(*plan, *moments, *range);
+EXPORTED void ppsf_fill_factors(const Plan* plan, const Moments* moments, int64_t first, int64_t last) {
+    fill_factors(*plan, *moments, first, last);
 }
 
 EXPORTED void ppsf_write_moments(const Plan* plan, const Moments* moments) { write_moments(*plan, *moments); }
@@ -157,3 +158,23 @@ EXPORTED void ppsf_pack(const Plan* plan, int64_t tasks) {
         half ? pack<bf16>(*plan, plan->tasks[t], false) : pack<float>(*plan, plan->tasks[t], false);
     }
 }
+
+// The numbers between the passes, in the order in which a step needs them.
+EXPORTED void ppsf_begin_step(const Groups* groups) { begin_step(*groups); }
+
+EXPORTED void ppsf_fill_coefficients(const Groups* groups, const Parameters* of) { fill_coefficients(*groups, *of); }
+
+EXPORTED void ppsf_fill_keys(const Parameters* of, uint32_t seed) { fill_keys(*of, seed); }
+
+EXPORTED void ppsf_fill_scales(const Groups* groups, const Parameters* of) { fill_scales(*groups, *of); }
+
+EXPORTED int ppsf_find_cause(const Parameters* of, uint8_t* active) { return find_cause(*of, active); }
+
+EXPORTED void ppsf_contribute(
+    const Groups* groups, const Parameters* of, const uint8_t* active, double cause, double* totals, double* after) {
+    contribute(*groups, *of, active, cause, totals, after);
+}
+
+EXPORTED void ppsf_fill_gates(const Parameters* of, const uint8_t* active, double cause) { fill_gates(*of, active, cause); }
+
+EXPORTED void ppsf_end_step(const Groups* groups, const double* totals, double* after) { end_step(*groups, totals, after); }

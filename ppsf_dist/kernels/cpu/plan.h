@@ -100,30 +100,26 @@ struct Plan {
     double* results;
 };
 
+// Where the part of a parameter begins in the tables of factored moments.
+struct Begins {
+    int64_t value, row, cell, ordered;
+};
+
 // The flat buffer of factored moments (ppsf_dist/state/moments.py).
 struct Moments {
-    int64_t count;
+    const Begins* begins;        // of each parameter, and where all end
     float* values;
     float* after;                // the moments after the step
-    const int64_t* slot_of;
     const float* inverse_n;
     const uint8_t* in_bf16;      // or null
     const uint8_t* adopt;        // of each parameter, or null
-    // Where the values of R lie, which of them are divided by themselves, and by the mean of which cell the others are.
-    int64_t rows;
-    const int64_t* row;
+    // Of the values of R: which are divided by themselves, and by the mean of which cell the others are.
     const uint8_t* own_mean;
     const int64_t* cell_of;
     // The values of each cell, one after the other, and how many there are.
-    int64_t cells;
     const int64_t* ordered;
     const int64_t* lengths;
     float* means;
-};
-
-// The part of it that belongs to some parameters: values, rows, cells and the values of cells, from and to.
-struct Range {
-    int64_t value[2], row[2], cell[2], ordered;
 };
 
 }  // namespace ppsf

@@ -54,16 +54,28 @@ class MomentsTable(ctypes.Structure):
     """The flat buffer of factored moments."""
 
     _fields_ = [
-        ("count", c_int64),
-        *[(name, c_void_p) for name in ("values", "after", "slot_of", "inverse_n", "in_bf16", "adopt")],
-        ("rows", c_int64),
-        *[(name, c_void_p) for name in ("row", "own_mean", "cell_of")],
-        ("cells", c_int64),
-        *[(name, c_void_p) for name in ("ordered", "lengths", "means")],
+        *[(name, c_void_p) for name in ("begins", "values", "after", "inverse_n", "in_bf16", "adopt", "own_mean")],
+        *[(name, c_void_p) for name in ("cell_of", "ordered", "lengths", "means")],
     ]
 
 
-class Range(ctypes.Structure):
-    """The part of it that belongs to some parameters, from and to."""
+class GroupsTable(ctypes.Structure):
+    """The numbers of all groups: rows by groups."""
 
-    _fields_ = [*[(name, c_int64 * 2) for name in ("value", "row", "cell")], ("ordered", c_int64)]
+    _fields_ = [
+        *[(name, c_int64) for name in ("count", "pooled", "takes_mean", "averages_d", "quirks")],
+        *[(name, c_void_p) for name in ("values", "arguments", "known", "coefficients")],
+    ]
+
+
+class ParametersTable(ctypes.Structure):
+    """The numbers of the parameters of a plan, and the sums that they follow from."""
+
+    _fields_ = [
+        *[(name, c_int64) for name in ("count", "columns", "sums_count")],
+        *[
+            (name, c_void_p)
+            for name in ("traits", "group_of", "param_id", "numel", "numbers", "coefficients", "scales")
+        ],
+        *[(name, c_void_p) for name in ("keys", "moments_gate", "weights_gate", "stats", "sums", "outcome")],
+    ]
