@@ -1,6 +1,6 @@
 // The factored moments, between the passes.
 #pragma once
-#include "block.h"
+#include "walk.h"
 
 namespace ppsf {
 namespace {
@@ -15,12 +15,12 @@ inline void each_factored(const Moments& m, int64_t first, int64_t last, F f) {
 // The moments that divide in this step.
 inline const float* dividing(const Moments& m, int64_t slot) { return m.adopt && m.adopt[slot] ? m.values : m.after; }
 
-APART void updated(const float* old, float beta, float weight, const float* sums, const float* inverse_n, int64_t n, bool half,
+APART void updated(const float* old, float beta, float weight, const float* sums, float inverse_n, int64_t n, bool half,
                    float* after) {
     if (half)
-        for (int64_t i = 0; i < n; i++) after[i] = ema(old[i], beta, weight, sums[i] * inverse_n[i], true);
+        for (int64_t i = 0; i < n; i++) after[i] = ema(old[i], beta, weight, sums[i] * inverse_n, true);
     else
-        for (int64_t i = 0; i < n; i++) after[i] = ema(old[i], beta, weight, sums[i] * inverse_n[i], false);
+        for (int64_t i = 0; i < n; i++) after[i] = ema(old[i], beta, weight, sums[i] * inverse_n, false);
 }
 
 APART void roots(const float* x, int64_t n, float* root) {
@@ -37,25 +37,15 @@ APART void roots_of_own_shares(const float* x, int64_t n, float* root) {
     for (int64_t i = 0; i < n; i++) root[i] = __builtin_sqrtf(x[i] / (x[i] + GUARD));
 }
 
-// In an order that no set of instructions changes: every rank computes the same means.
-APART double ordered_sum(const float* x, int64_t n) {
-    constexpr int64_t APART_BY = 8;
-    double sums[APART_BY] = {}, total = 0;
-    int64_t i = 0;
-    for (; i + APART_BY <= n; i += APART_BY)
-        for (int64_t k = 0; k < APART_BY; k++) sums[k] += double(x[i + k]);
-    for (int64_t k = 0; k < APART_BY; k++) total += sums[k];
-    for (; i < n; i++) total += double(x[i]);
-    return total;
-}
-
 void update_moments(const Plan& plan, const Moments& m, int64_t first, int64_t last) {
     const float *beta2 = plan.coefficients + plan.rows[BETA2] * plan.slots,
                 *weight = plan.coefficients + plan.rows[SQUARE_WEIGHT] * plan.slots;
     each_factored(m, first, last, [&](int64_t slot, const Begins& begin, const Begins& end) {
-        const int64_t i = begin.value, n = end.value - i;
-        const bool half = m.in_bf16 && m.in_bf16[i];
-        updated(m.values + i, beta2[slot], weight[slot], plan.sums + i, m.inverse_n + i, n, half, m.after + i);
+        const bool half = m.in_bf16 && m.in_bf16[begin.value];
+        // R, then C: each is a mean over one axis.
+        const int64_t columns = begin.value + end.row - begin.row;
+        for (int64_t i = begin.value, last = columns; i < end.value; i = last, last = end.value)
+            updated(m.values + i, beta2[slot], weight[slot], plan.sums + i, m.inverse_n[i], last - i, half, m.after + i);
     });
 }
 

@@ -77,9 +77,11 @@ void matrix_sums(const Plan& plan, const Piece& piece, const T* g, int64_t first
         const int64_t lines = last - l < AT_ONCE ? last - l : AT_ONCE;
         line_sums(g + (l - first) * piece.n, piece.n, lines, of_line, along);
         float* sums = plan.sums + (piece.row_step ? piece.col : piece.row) + l * stride;
-        double total = 0;
-        for (int64_t i = 0; i < lines; i++) sums[i * stride] += of_line[i], total += double(of_line[i]);
-        result[GG] += total;
+        if (stride == 1)
+            for (int64_t i = 0; i < lines; i++) sums[i] += of_line[i];
+        else
+            for (int64_t i = 0; i < lines; i++) sums[i * stride] += of_line[i];
+        result[GG] += ordered_sum(of_line, lines);
         keep_largest(result + LARGEST_SQUARE, largest(of_line, lines));
     }
 }

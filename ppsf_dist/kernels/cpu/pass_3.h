@@ -59,6 +59,39 @@ __attribute__((noinline)) void common_step(const Numbers& c, const Block& b, con
     }
 }
 
+// The same of short lines of a matrix, each with its own `across`; from y on or from z on, as ``Common`` says.
+template <int64_t N, bool FROM_Y>
+void common_lines(const Common& step, const float* across, int64_t stride, const float* along, int64_t lines, const float* g,
+                  float* y, float* z) {
+    const float eps = step.eps, q = step.q, advance = step.advance, weight = step.weight;
+    for (int64_t l = 0; l < lines; l++, g += N, y += N, z += N) {
+        const float root = across[l * stride];
+#pragma omp simd
+        for (int64_t j = 0; j < N; j++) {
+            const float v = g[j] / (root * along[j] + eps) * advance, old_y = y[j], old_z = z[j];
+            y[j] = fused(-v, q, fused(weight, old_z - old_y, FROM_Y ? old_y : old_z));
+            z[j] = old_z - v;
+        }
+    }
+}
+
+template <class T>
+using Lines = void (*)(const Common&, const float*, int64_t, const float*, int64_t, const T*, T*, T*);
+
+template <bool FROM_Y>
+Lines<float> common_lines_of(int64_t n) {
+    if (n == 8) return common_lines<8, FROM_Y>;
+    if (n == 16) return common_lines<16, FROM_Y>;
+    if (n == 32) return common_lines<32, FROM_Y>;
+    return n == 64 ? common_lines<64, FROM_Y> : nullptr;
+}
+
+inline Lines<float> common_lines_of(const float*, int64_t n, bool from_y) {
+    return from_y ? common_lines_of<true>(n) : common_lines_of<false>(n);
+}
+
+inline Lines<bf16> common_lines_of(const bf16*, int64_t, bool) { return nullptr; }
+
 // Two neighbours at a time: the halves of 32 bits are floats after a shift and a mask.
 typedef uint32_t __attribute__((may_alias, aligned(2))) Pair;
 
@@ -106,10 +139,15 @@ void pass_3(const Plan& plan, const Task& task, double*) {
         if (flags & S_IN_BF16) update_s(piece, c, of_g, samples, static_cast<bf16*>(memory.s) + first_sample);
         else update_s(piece, c, of_g, samples, static_cast<float*>(memory.s) + first_sample);
     };
+    const bool matrix = common && writes && (flags & MATRIX) && (flags & FLAT) && piece.axes == 1;
+    const auto of_lines = matrix ? common_lines_of(memory.y, piece.n, c.of[AVERAGE] < 0.5f) : nullptr;
+    const bool rows = !piece.row_step;
+    const int64_t stride = rows ? piece.row_stride[0] : piece.col_stride[0];
+    const float *across = plan.factors + (rows ? piece.row : piece.col), *along = plan.factors + (rows ? piece.col : piece.row);
     Floats floats;
     Direction d;
     Block b;
-    Blocks blocks(plan, task, flags & FACTORED);
+    Blocks blocks(plan, task, (flags & FACTORED) && !of_lines);
     while (blocks.next(b)) {
         if (samples + b.count > SAMPLES) {
             update();
@@ -118,7 +156,8 @@ void pass_3(const Plan& plan, const Task& task, double*) {
         T *y = memory.y + b.at, *z = averages ? memory.z + b.at : nullptr;
         if (common && writes) {
             const T* g = memory.gradient(b.at);
-            common_step<ROUNDS>(c, b, g, y, z);
+            if (of_lines) of_lines(Common(c, b), across + b.at / piece.n * stride, stride, along, b.n / piece.n, g, y, z);
+            else common_step<ROUNDS>(c, b, g, y, z);
             if (sums) gather(g + b.phase, b.count, piece.slice_p, of_g + samples);
         } else {
             load_block(piece, c, memory, b, true, floats);
