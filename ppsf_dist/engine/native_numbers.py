@@ -101,11 +101,13 @@ class NativePartNumbers(PartNumbers):
     def contribution(self, stats: Tensor, verdict: Verdict) -> Contribution:
         totals = torch.empty(len(Total), len(self._step.k), dtype=torch.float64)
         after = torch.empty_like(self._parameters)
-        into = totals.data_ptr(), after.data_ptr()
-        self._library.contribute(self._groups, self._of, verdict.active.data_ptr(), float(verdict.cause), *into)
+        tensors = verdict.active, verdict.cause, totals, after
+        self._library.contribute(self._groups, self._of, *map(Tensor.data_ptr, tensors))
         return Contribution(totals, after)
 
     def fill_gates(self, verdict: Verdict, host: HostAccess) -> KnownGates | None:
-        self._library.fill_gates(self._of, verdict.active.data_ptr(), float(verdict.cause))
+        # All parts of a step are written as they come: none waits for what another has found.
+        assert verdict.known is not None
+        self._library.fill_gates(self._of, verdict.active.data_ptr(), verdict.known.cause)
         known = self._buffers.gates.moments.tolist()
         return known, known

@@ -68,8 +68,8 @@ class Library:
         self.fill_keys = function("fill_keys", of, ctypes.c_uint32)
         self.fill_scales = function("fill_scales", groups, of)
         self.find_cause = function("find_cause", of, address, returns=ctypes.c_int)
-        self.contribute = function("contribute", groups, of, address, ctypes.c_double, address, address)
-        self.fill_gates = function("fill_gates", of, address, ctypes.c_double)
+        self.contribute = function("contribute", groups, of, address, address, address, address)
+        self.fill_gates = function("fill_gates", of, address, ctypes.c_int)
         self.end_step = function("end_step", groups, address, address)
 
 

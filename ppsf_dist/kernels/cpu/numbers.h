@@ -327,7 +327,7 @@ void contribute(const Groups& all, const Parameters& of, const uint8_t* active, 
     }
 }
 
-void fill_gates(const Parameters& of, const uint8_t* active, double cause) {
+void fill_gates(const Parameters& of, const uint8_t* active, int cause) {
     for (int64_t i = 0; i < of.count; i++) of.moments_gate[i] = of.weights_gate[i] = active[i] && cause == why::nothing;
 }
 

@@ -171,10 +171,10 @@ EXPORTED void ppsf_fill_scales(const Groups* groups, const Parameters* of) { fil
 EXPORTED int ppsf_find_cause(const Parameters* of, uint8_t* active) { return find_cause(*of, active); }
 
 EXPORTED void ppsf_contribute(
-    const Groups* groups, const Parameters* of, const uint8_t* active, double cause, double* totals, double* after) {
-    contribute(*groups, *of, active, cause, totals, after);
+    const Groups* groups, const Parameters* of, const uint8_t* active, const double* cause, double* totals, double* after) {
+    contribute(*groups, *of, active, *cause, totals, after);
 }
 
-EXPORTED void ppsf_fill_gates(const Parameters* of, const uint8_t* active, double cause) { fill_gates(*of, active, cause); }
+EXPORTED void ppsf_fill_gates(const Parameters* of, const uint8_t* active, int cause) { fill_gates(*of, active, cause); }
 
 EXPORTED void ppsf_end_step(const Groups* groups, const double* totals, double* after) { end_step(*groups, totals, after); }
