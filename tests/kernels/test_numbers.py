@@ -58,7 +58,7 @@ def groups(draw: st.DrawFn, switches: dict[str, dict[str, Any]] = EVERY) -> list
     """One to three validated groups with a switch each, and the numbers of some step."""
     some = st.sampled_from(sorted(switches))
     first = switches[draw(some)]
-    made = []
+    made: list[dict[str, Any]] = []
     for _ in range(draw(st.integers(1, 3))):
         other = switches[draw(some)] if made else first
         wide = {name: first[name] for name in WIDE if name in first}
