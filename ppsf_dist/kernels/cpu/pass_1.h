@@ -86,6 +86,22 @@ void matrix_sums(const Plan& plan, const Piece& piece, const T* g, int64_t first
     }
 }
 
+// Of elements that belong to no row and no column.
+template <class T>
+APART void square_sums(const T* g, int64_t n, double* result) {
+    float sum = 0;
+    int32_t most = 0;
+#pragma omp simd reduction(+ : sum) reduction(max : most)
+    for (int64_t j = 0; j < n; j++) {
+        const float x = load(g[j]), square = x * x;
+        const int32_t bits = int32_t(bits_of(square) & 0x7fffffff);
+        most = bits > most ? bits : most;
+        sum += square;
+    }
+    result[GG] += double(sum);
+    keep_largest(result + LARGEST_SQUARE, float_of(uint32_t(most)));
+}
+
 // Any other factored piece, line by line, in fp64: rows, then columns of the whole parameter.
 APART void line_sums_anywhere(const Piece& piece, const float* g, int64_t begin, int64_t n, const Line& line, double* rows,
                               double* result) {
@@ -173,7 +189,9 @@ void pass_1(const Plan& plan, const Task& task, double* result) {
         }
         Blocks blocks(plan, part, false);
         while (blocks.next(b)) {
-            if (!fast) {
+            if (!fast && !(flags & (FACTORED | COUPLED_DECAY))) {
+                square_sums(memory.gradient(b.at), b.n, result);
+            } else if (!fast) {
                 load_block(piece, c, memory, b, false, floats);
                 const float* g = floats.g;
                 if (flags & FACTORED && flags & OWNED) {
@@ -185,8 +203,7 @@ void pass_1(const Plan& plan, const Task& task, double* result) {
                         j += rest;
                     }
                 } else {
-                    keep_largest(result + LARGEST_SQUARE, largest_square(g, b.n));
-                    result[GG] += square_sum(g, b.n);
+                    square_sums(g, b.n, result);
                 }
             }
             if (!(flags & OWNED)) continue;

@@ -1,6 +1,6 @@
 // Pass 2: norms of the direction; and the size of the mask of the schedule-free cautious update.
 #pragma once
-#include "walk.h"
+#include "common.h"
 
 namespace ppsf {
 namespace {
@@ -8,18 +8,6 @@ namespace {
 // The most common direction: a factored second moment, Schedule-Free.
 constexpr int64_t COMMON = SCHEDULEFREE | SECOND_MOMENT | FACTORED;
 constexpr int64_t UNCOMMON = ATAN2 | COUPLED_DECAY;
-
-template <class T>
-float common_norm(const T* g, const Block& b, float eps) {
-    float sum = 0;
-    const float across = b.across, *along = b.along;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < b.n; j++) {
-        const float u = load(g[j]) / (across * along[j] + eps);
-        sum += u * u;
-    }
-    return sum;
-}
 
 // Of four lines of a matrix at once, far from each other: then memory answers for each of them ahead.
 template <class T>
@@ -91,10 +79,11 @@ void pass_2(const Plan& plan, const Task& task, double* result) {
             rest.first_line += 4 * apart;
         }
     }
+    const Loops<T> loops = loops_of<T, false>(piece.flags);
     Blocks blocks(plan, rest, piece.flags & FACTORED);
     while (blocks.next(b)) {
-        if (common) {
-            result[UU] += common_norm(memory.gradient(b.at), b, c.of[D_EPS]);
+        if (loops.norm) {
+            result[UU] += loops.norm(piece, c, b, memory.gradient(b.at), memory.m + b.at, memory.v + b.at);
         } else {
             load_block(piece, c, memory, b, false, floats);
             direction(piece, c, floats, b, d);

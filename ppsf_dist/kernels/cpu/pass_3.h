@@ -29,40 +29,10 @@ void store_block(const Numbers& c, const Block& b, const float* new_y, const flo
     }
 }
 
-// The most common step, at once.
-struct Common {
-    float across, eps, q, advance, weight;
-    bool from_y;
-    uint32_t key;
-
-    Common(const Numbers& c, const Block& b)
-        : across(b.across), eps(c.of[D_EPS]), q(c.of[Q]), advance(c.advance), from_y(c.of[AVERAGE] < 0.5f), key(c.key) {
-        weight = from_y ? c.of[AVERAGE] : c.of[AVERAGE] - 1;
-    }
-
-    void move(float g, float along, float& y, float& z) const {
-        const float v = g / (across * along + eps) * advance;
-        y = fused(-v, q, fused(weight, z - y, from_y ? y : z));
-        z = z - v;
-    }
-};
-
-template <bool ROUNDS>
-__attribute__((noinline)) void common_step(const Numbers& c, const Block& b, const float* g, float* y, float* z) {
-    const Common step(c, b);
-    const float* along = b.along;
-#pragma omp simd
-    for (int64_t j = 0; j < b.n; j++) {
-        float new_y = y[j], new_z = z[j];
-        step.move(g[j], along[j], new_y, new_z);
-        y[j] = new_y, z[j] = new_z;
-    }
-}
-
-// The same of short lines of a matrix, each with its own `across`; from y on or from z on, as ``Common`` says.
+// The default step of short lines of a matrix, each with its own `across`.
 template <int64_t N, bool FROM_Y>
-void common_lines(const Common& step, const float* across, int64_t stride, const float* along, int64_t lines, const float* g,
-                  float* y, float* z) {
+void common_lines(const Common<Kind<true, true, false>>& step, const float* across, int64_t stride, const float* along,
+                  int64_t lines, const float* g, float* y, float* z) {
     const float eps = step.eps, q = step.q, advance = step.advance, weight = step.weight;
     for (int64_t l = 0; l < lines; l++, g += N, y += N, z += N) {
         const float root = across[l * stride];
@@ -76,7 +46,7 @@ void common_lines(const Common& step, const float* across, int64_t stride, const
 }
 
 template <class T>
-using Lines = void (*)(const Common&, const float*, int64_t, const float*, int64_t, const T*, T*, T*);
+using Lines = void (*)(const Common<Kind<true, true, false>>&, const float*, int64_t, const float*, int64_t, const T*, T*, T*);
 
 template <bool FROM_Y>
 Lines<float> common_lines_of(int64_t n) {
@@ -92,37 +62,6 @@ inline Lines<float> common_lines_of(const float*, int64_t n, bool from_y) {
 
 inline Lines<bf16> common_lines_of(const bf16*, int64_t, bool) { return nullptr; }
 
-// Two neighbours at a time: the halves of 32 bits are floats after a shift and a mask.
-typedef uint32_t __attribute__((may_alias, aligned(2))) Pair;
-
-template <bool ROUNDS>
-__attribute__((noinline)) void common_step(const Numbers& c, const Block& b, const bf16* g, bf16* y, bf16* z) {
-    const Common step(c, b);
-    const float* along = b.along;
-    const uint32_t index = uint32_t(b.index), key = c.key;
-    const Pair* gs = reinterpret_cast<const Pair*>(g);
-    Pair *ys = reinterpret_cast<Pair*>(y), *zs = reinterpret_cast<Pair*>(z);
-    constexpr uint32_t HIGH = 0xffff0000u;
-#pragma omp simd
-    for (int64_t j = 0; j < b.n / 2; j++) {
-        float y0 = float_of(ys[j] << 16), y1 = float_of(ys[j] & HIGH), z0 = float_of(zs[j] << 16), z1 = float_of(zs[j] & HIGH);
-        step.move(float_of(gs[j] << 16), along[2 * j], y0, z0);
-        step.move(float_of(gs[j] & HIGH), along[2 * j + 1], y1, z1);
-        const uint32_t at = index + 2 * uint32_t(j);
-        const uint32_t random0 = ROUNDS ? mix(at ^ key) : 0, random1 = ROUNDS ? mix((at + 1) ^ key) : 0;
-        ys[j] = (rounded<ROUNDS>(y0, random0 >> 16) >> 16) | (rounded<ROUNDS>(y1, random1 >> 16) & HIGH);
-        zs[j] = (rounded<ROUNDS>(z0, random0 & 0xffff) >> 16) | (rounded<ROUNDS>(z1, random1 & 0xffff) & HIGH);
-    }
-    if (b.n % 2) {
-        const int64_t j = b.n - 1;
-        float new_y = load(y[j]), new_z = load(z[j]);
-        step.move(load(g[j]), along[j], new_y, new_z);
-        const uint32_t random = ROUNDS ? mix((index + uint32_t(j)) ^ key) : 0;
-        y[j] = bf16(rounded<ROUNDS>(new_y, random >> 16) >> 16);
-        z[j] = bf16(rounded<ROUNDS>(new_z, random & 0xffff) >> 16);
-    }
-}
-
 template <class T, bool ROUNDS>
 void pass_3(const Plan& plan, const Task& task, double*) {
     const Piece& piece = plan.pieces[task.piece];
@@ -131,7 +70,7 @@ void pass_3(const Plan& plan, const Task& task, double*) {
     const bool writes = plan.weights_gate[piece.slot];
     const Numbers c = numbers_of(plan, piece.slot);
     const Memory<T> memory = memory_of<T>(plan, piece);
-    const bool common = (flags & (COMMON | UNCOMMON | CAUTIOUS | GRAMS | DECAYS)) == COMMON;
+    const Loops<T> loops = loops_of<T, ROUNDS>(flags);
     const bool averages = flags & SCHEDULEFREE, sums = (flags & STATISTICS) && !(flags & SPEED);
     alignas(64) float new_y[BLOCK], new_z[BLOCK], of_g[SAMPLES];
     int64_t first_sample = task.sample, samples = 0;
@@ -139,7 +78,8 @@ void pass_3(const Plan& plan, const Task& task, double*) {
         if (flags & S_IN_BF16) update_s(piece, c, of_g, samples, static_cast<bf16*>(memory.s) + first_sample);
         else update_s(piece, c, of_g, samples, static_cast<float*>(memory.s) + first_sample);
     };
-    const bool matrix = common && writes && (flags & MATRIX) && (flags & FLAT) && piece.axes == 1;
+    const bool matrix = (flags & (COMMON | UNCOMMON | DECAYS)) == COMMON && loops.step && writes && (flags & MATRIX) &&
+        (flags & FLAT) && piece.axes == 1;
     const auto of_lines = matrix ? common_lines_of(memory.y, piece.n, c.of[AVERAGE] < 0.5f) : nullptr;
     const bool rows = !piece.row_step;
     const int64_t stride = rows ? piece.row_stride[0] : piece.col_stride[0];
@@ -154,10 +94,10 @@ void pass_3(const Plan& plan, const Task& task, double*) {
             first_sample += samples, samples = 0;
         }
         T *y = memory.y + b.at, *z = averages ? memory.z + b.at : nullptr;
-        if (common && writes) {
+        if (loops.step && writes) {
             const T* g = memory.gradient(b.at);
-            if (of_lines) of_lines(Common(c, b), across + b.at / piece.n * stride, stride, along, b.n / piece.n, g, y, z);
-            else common_step<ROUNDS>(c, b, g, y, z);
+            if (of_lines) of_lines({piece, c, b}, across + b.at / piece.n * stride, stride, along, b.n / piece.n, g, y, z);
+            else loops.step(piece, c, b, g, y, averages ? z : memory.m + b.at, memory.v + b.at);
             if (sums) gather(g + b.phase, b.count, piece.slice_p, of_g + samples);
         } else {
             load_block(piece, c, memory, b, true, floats);

@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 BUILT = HERE / "built"
 """What a wheel brings."""
 SOURCES = (
-    "passes.cpp", "pass_1.h", "pass_2.h", "pass_3.h", "moments.h", "numbers.h", "walk.h", "block.h", "element.h",
+    "passes.cpp", "pass_1.h", "pass_2.h", "pass_3.h", "common.h", "moments.h", "numbers.h", "walk.h", "block.h", "element.h",
     "plan.h",
 )  # fmt: skip
 COMPILE = (
