@@ -102,24 +102,46 @@ APART void square_sums(const T* g, int64_t n, double* result) {
     keep_largest(result + LARGEST_SQUARE, float_of(uint32_t(most)));
 }
 
+// Adds numbers that come along a line, from its element `begin` on, where they belong.
+APART void add_along(double* to, const Run& run, int64_t begin, const float* x, int64_t n) {
+    constexpr int64_t PERIODS = 8, LONGEST = 64;
+    const int64_t inner = run.inner;
+    if (run.is_contiguous()) {
+        to += begin;
+        for (int64_t j = 0; j < n; j++) to[j] += double(x[j]);
+    } else if (run.is_periodic() && inner <= LONGEST) {
+        // Some periods side by side, so that vectors are full.
+        double sums[PERIODS * LONGEST] = {};
+        const int64_t width = PERIODS * inner;
+        for (int64_t first = 0; first < n; first += width) {
+            const int64_t count = n - first < width ? n - first : width;
+            for (int64_t i = 0; i < count; i++) sums[i] += double(x[first + i]);
+        }
+        int64_t place = begin % inner;
+        for (int64_t i = 0; i < width; i++) {
+            to[place] += sums[i];
+            if (++place == inner) place = 0;
+        }
+    } else {
+        run.each_part(begin, n, [&](int64_t at, int64_t count, int64_t place) {
+            if (run.step)
+                for (int64_t j = 0; j < count; j++) to[place + j] += double(x[at + j]);
+            else
+                to[place] += ordered_sum(x + at, count);
+        });
+    }
+}
+
 // Any other factored piece, line by line, in fp64: rows, then columns of the whole parameter.
-APART void line_sums_anywhere(const Piece& piece, const float* g, int64_t begin, int64_t n, const Line& line, double* rows,
+APART void line_sums_anywhere(const Piece& piece, const float* g, int64_t begin, int64_t n, const Line& line, double* sums,
                               double* result) {
-    each_part(piece, begin, n, [&](int64_t at, int64_t count, int64_t of_row, int64_t of_col) {
-        double* row = rows + line.row - piece.first_row + of_row;
-        double* col = rows + piece.row_count + line.col - piece.first_col + of_col;
-        const float* part = g + at;
-        double sum = 0;
-        for (int64_t j = 0; j < count; j++) sum += double(part[j] * part[j]);
-        if (piece.row_step)
-            for (int64_t j = 0; j < count; j++) row[j] += double(part[j] * part[j]);
-        if (piece.col_step)
-            for (int64_t j = 0; j < count; j++) col[j] += double(part[j] * part[j]);
-        if (!piece.row_step) *row += sum;
-        if (!piece.col_step) *col += sum;
-        result[GG] += sum;
-    });
-    keep_largest(result + LARGEST_SQUARE, largest_square(g, n));
+    alignas(64) float squares[BLOCK];
+    for (int64_t j = 0; j < n; j++) squares[j] = g[j] * g[j];
+    double *rows = sums + line.row - piece.first_row, *cols = sums + piece.row_count + line.col - piece.first_col;
+    add_along(rows, run_of(piece, piece.row_step, piece.row_jump), begin, squares, n);
+    add_along(cols, run_of(piece, piece.col_step, piece.col_jump), begin, squares, n);
+    result[GG] += ordered_sum(squares, n);
+    keep_largest(result + LARGEST_SQUARE, largest(squares, n));
 }
 
 // The sums over some samples: of a block, or of a longer stretch of a flat piece.
@@ -182,13 +204,8 @@ void pass_1(const Plan& plan, const Task& task, double* result) {
             matrix_sums(plan, piece, memory.g + part.first_line * piece.n, part.first_line, part.last_line, along, result);
         if (fast && !early && !(flags & STATISTICS)) continue;
         const bool flat = (flags & FLAT) && (flags & STATISTICS) && (flags & OWNED);
-        if (flat) statistics(piece, c, memory, stretch(piece, part), result);
-        if (fast && flat && !early) {
-            part.sample += samples_in(piece.index + part.first_line * piece.n + part.begin, length(piece, part), piece.slice_p);
-            continue;
-        }
         Blocks blocks(plan, part, false);
-        while (blocks.next(b)) {
+        while ((!fast || !flat || early) && blocks.next(b)) {
             if (!fast && !(flags & (FACTORED | COUPLED_DECAY))) {
                 square_sums(memory.gradient(b.at), b.n, result);
             } else if (!fast) {
@@ -214,7 +231,14 @@ void pass_1(const Plan& plan, const Task& task, double* result) {
                 result[EARLY_MASK] += double(aligned(floats.g, m, b.n));
             }
         }
-        part.sample = blocks.sample;
+        // Gradients are in the cache by now.
+        if (flat) {
+            const Block all = stretch(piece, part);
+            statistics(piece, c, memory, all, result);
+            part.sample += all.count;
+        } else {
+            part.sample = blocks.sample;
+        }
     }
     if (!(flags & OWNED)) {
         // A replica adds nothing to the sums, unless its gradient is not finite.

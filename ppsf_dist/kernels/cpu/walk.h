@@ -41,36 +41,57 @@ int64_t samples_in(int64_t index, int64_t n, int64_t slice_p) {
     return phase < n ? (n - phase + slice_p - 1) / slice_p : 0;
 }
 
-// Calls f with each part of some elements of a line: where it begins, how long it is, and where its first row and column
-// lie from those of the line.
-template <class F>
-inline void each_part(const Piece& piece, int64_t begin, int64_t n, F f) {
-    for (int64_t j = 0; j < n;) {
-        const int64_t part = (begin + j) / piece.inner, inside = (begin + j) - part * piece.inner;
-        const int64_t count = piece.inner - inside < n - j ? piece.inner - inside : n - j;
-        f(j, count, part * piece.row_jump + inside * piece.row_step, part * piece.col_jump + inside * piece.col_step);
-        j += count;
+// How R or C runs along a line: from an element to the next (0 or 1), and from a part of `inner` elements to the next.
+struct Run {
+    int64_t step, jump, inner;
+
+    bool is_constant() const { return !step && !jump; }
+    bool is_contiguous() const { return step && jump == inner; }
+    bool is_periodic() const { return step && !jump; }
+
+    // Calls f with each part of some elements: where it begins, how long it is, and its first place.
+    template <class F>
+    void each_part(int64_t begin, int64_t n, F f) const {
+        for (int64_t j = 0; j < n;) {
+            const int64_t part = (begin + j) / inner, inside = (begin + j) - part * inner;
+            const int64_t count = inner - inside < n - j ? inner - inside : n - j;
+            f(j, count, part * jump + inside * step);
+            j += count;
+        }
     }
+};
+
+inline Run run_of(const Piece& piece, int64_t step, int64_t jump) {
+    return {step, piece.inner == piece.n ? step * piece.inner : jump, piece.inner};
+}
+
+// What comes along a line from its element `begin` on.
+APART const float* spread(const float* from, const Run& run, int64_t begin, int64_t n, float* beside) {
+    if (run.is_contiguous()) return from + begin;
+    if (run.is_periodic()) {
+        // One period, and then twice as much each time.
+        const int64_t inner = run.inner, phase = begin % inner, once = inner < n ? inner : n;
+        for (int64_t j = 0; j < once; j++) beside[j] = from[phase + j < inner ? phase + j : phase + j - inner];
+        for (int64_t done = once; done < n; done *= 2)
+            memcpy(beside + done, beside, sizeof(float) * (done < n - done ? done : n - done));
+        return beside;
+    }
+    run.each_part(begin, n, [&](int64_t at, int64_t count, int64_t place) {
+        for (int64_t j = 0; j < count; j++) beside[at + j] = from[place + j * run.step];
+    });
+    return beside;
 }
 
 // The root of the second moment along a line, as across * along[j].
 APART float factors_of(const float* factors, const Piece& piece, const Line& line, int64_t begin, int64_t n, float* beside,
                        const float** along) {
     const float *row = factors + line.row, *col = factors + line.col;
-    if (piece.inner == piece.n) {
-        row += begin * piece.row_step, col += begin * piece.col_step;
-        if (!piece.row_step) return *along = col, *row;
-        if (!piece.col_step) return *along = row, *col;
-    }
-    each_part(piece, begin, n, [&](int64_t at, int64_t count, int64_t of_row, int64_t of_col) {
-        const float *r = factors + line.row + of_row, *c = factors + line.col + of_col;
-        if (!piece.row_step)
-            for (int64_t j = 0; j < count; j++) beside[at + j] = *r * c[j];
-        else if (!piece.col_step)
-            for (int64_t j = 0; j < count; j++) beside[at + j] = r[j] * *c;
-        else
-            for (int64_t j = 0; j < count; j++) beside[at + j] = r[j] * c[j];
-    });
+    const Run of_row = run_of(piece, piece.row_step, piece.row_jump), of_col = run_of(piece, piece.col_step, piece.col_jump);
+    if (of_row.is_constant()) return *along = spread(col, of_col, begin, n, beside), *row;
+    if (of_col.is_constant()) return *along = spread(row, of_row, begin, n, beside), *col;
+    alignas(64) float other[BLOCK];
+    const float *rows = spread(row, of_row, begin, n, beside), *cols = spread(col, of_col, begin, n, other);
+    for (int64_t j = 0; j < n; j++) beside[j] = rows[j] * cols[j];
     return *along = beside, 1.0f;
 }
 
@@ -181,12 +202,6 @@ APART float largest(const float* x, int64_t n) {
         most = bits > most ? bits : most;
     }
     return float_of(uint32_t(most));
-}
-
-APART float largest_square(const float* g, int64_t n) {
-    alignas(64) float squares[BLOCK];
-    for (int64_t j = 0; j < n; j++) squares[j] = g[j] * g[j];
-    return largest(squares, n);
 }
 
 // In an order that no set of instructions changes: every rank computes the same means.
