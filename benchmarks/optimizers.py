@@ -77,6 +77,7 @@ OPTIMIZERS: dict[str, Build] = {
     "ppsf_dist eager": _ours("eager"),
     "ppsf_dist speed": _ours(use_speed=True),
     "ppsf_dist unfactored": _ours(factored=False),
+    "ppsf_dist decay": _ours(weight_decay=0.1),
     "ppsf_dist momentum": _ours(use_schedulefree=False),
     "ppsf_dist Prodigy": _ours(name="Prodigy", slice_p=11),
     "ppsf_dist AdamWScheduleFree": _ours(name="AdamWScheduleFree"),
