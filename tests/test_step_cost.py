@@ -27,17 +27,29 @@ SOME: dict[str, Shapes] = {
     "mat4k": [(2048, 4096)],
     "lora": SETS["lora"][:64],
     "tiny": SETS["tiny"],
+    "conv": SETS["conv"][2:],
 }
 LIMITS = {
     ("gpt2", torch.float32): 2.6,
-    ("gpt2", torch.bfloat16): 2.3,
+    ("gpt2", torch.bfloat16): 1.9,
     ("mat4k", torch.float32): 2.8,
-    ("mat4k", torch.bfloat16): 2.3,
-    ("lora", torch.float32): 3.2,
-    ("lora", torch.bfloat16): 2.8,
-    ("tiny", torch.float32): 2.5,
+    ("mat4k", torch.bfloat16): 2.2,
+    ("lora", torch.float32): 2.7,
+    ("lora", torch.bfloat16): 2.3,
+    ("tiny", torch.float32): 1.8,
+    ("tiny", torch.bfloat16): 1.6,
 }
 """Half as much again as was measured."""
+
+OTHERS = {
+    ("ppsf_dist decay", "gpt2"): 2.7,
+    ("ppsf_dist unfactored", "gpt2"): 3.3,
+    ("ppsf_dist momentum", "gpt2"): 3.8,
+    ("ppsf_dist Prodigy", "gpt2"): 3.5,
+    ("ppsf_dist AdamWScheduleFree", "gpt2"): 2.3,
+    ("ppsf_dist", "conv"): 5.7,
+}
+"""In fp32, the same margin: made formula by formula they took half as long again to twice as long."""
 
 EAGER = {"gpt2": 9.0, "lora": 15.0}
 """In fp32."""
@@ -75,6 +87,12 @@ def _one_thread() -> None:
 def test_a_step_beside_fused_adamw(name: str, dtype: torch.dtype) -> None:
     limit = LIMITS[name, dtype]
     assert ratio(OURS, name, dtype, limit) <= limit
+
+
+@pytest.mark.parametrize(("optimizer", "name"), OTHERS, ids=" ".join)
+def test_other_steps_beside_fused_adamw(optimizer: str, name: str) -> None:
+    limit = OTHERS[optimizer, name]
+    assert ratio(optimizer, name, torch.float32, limit) <= limit
 
 
 def test_a_step_beside_its_reads_and_writes_alone() -> None:
@@ -132,10 +150,10 @@ def step_param_by_step_param(of: type[Any], count: int = 20) -> Any:
 
 
 def test_a_step_of_one_parameter_beside_the_reference() -> None:
-    """2.2 times was measured."""
+    """1.0 times was measured."""
     from prodigyplus.prodigy_plus_schedulefree import ProdigyPlusScheduleFree as Reference
 
     with contextlib.redirect_stdout(io.StringIO()):
         ours, reference = (step_param_by_step_param(of) for of in (ProdigyPlusScheduleFree, Reference))
     ratios = [compare("ours", ours, reference, "cpu", steps=9).ratio for _ in range(ATTEMPTS)]
-    assert min(ratios) <= 3.3, ratios
+    assert min(ratios) <= 2.0, ratios

@@ -211,14 +211,14 @@ inline void gather_each(const A* from, int64_t count, A* to) {
 
 // Every so-manyth element.
 template <class A>
-inline void gather_as_stored(const A* from, int64_t count, int64_t slice_p, A* to) {
+APART void gather_as_stored(const A* from, int64_t count, int64_t slice_p, A* to) {
     if (slice_p == 11) return gather_each<11>(from, count, to);
     for (int64_t m = 0; m < count; m++) to[m] = from[m * slice_p];
 }
 
 // The same as floats.
 template <class A>
-inline void gather(const A* from, int64_t count, int64_t slice_p, float* to) {
+APART void gather(const A* from, int64_t count, int64_t slice_p, float* to) {
     if constexpr (sizeof(A) == sizeof(float)) return gather_as_stored(from, count, slice_p, to);
     alignas(64) A beside[SAMPLES];
     gather_as_stored(from, count, slice_p, beside);

@@ -10,26 +10,33 @@ APART void pair_sums(const float* __restrict from, int64_t n, float* __restrict 
     for (int64_t i = 0; i < n; i++) to[i] = from[2 * i] + from[2 * i + 1];
 }
 
-// Of some lines of squares: the sum of each, and added to `along` the sums of their elements.
+// Of some lines of squares: the sum of each, and added to `along` the sums of their elements. The lines come from as many
+// places as divide them, far from each other: then memory answers for each of them ahead.
 template <class T, int64_t N>
 void line_sums_of(const T* g, int64_t lines, float* of_line, float* along) {
-    constexpr int64_t SOME = BLOCK / N;
+    const int64_t places = lines % 4 ? 1 : 4, apart = lines / places, some = BLOCK / N / places;
     alignas(64) float total[N] = {}, squares[BLOCK], halves[BLOCK / 2];
-    for (int64_t first = 0; first < lines; first += SOME) {
-        const int64_t count = lines - first < SOME ? lines - first : SOME;
-        for (int64_t l = 0; l < count; l++, g += N)
-            for (int64_t j = 0; j < N; j++) {
-                const float x = load(g[j]), square = x * x;
-                squares[l * N + j] = square;
-                total[j] += square;
-            }
+    for (int64_t first = 0; first < apart; first += some) {
+        const int64_t count = apart - first < some ? apart - first : some;
+        for (int64_t place = 0; place < places; place++) {
+            const T* from = g + (place * apart + first) * N;
+            float* to = squares + place * count * N;
+            for (int64_t l = 0; l < count; l++, from += N, to += N)
+                for (int64_t j = 0; j < N; j++) {
+                    const float x = load(from[j]), square = x * x;
+                    to[j] = square;
+                    total[j] += square;
+                }
+        }
         // Half as many in each round, until there is one for each line.
         float *from = squares, *to = halves;
         for (int64_t n = N / 2; n; n /= 2) {
-            pair_sums(from, count * n, n > 1 ? to : of_line + first);
+            pair_sums(from, places * count * n, to);
             float* const next = from;
             from = to, to = next;
         }
+        for (int64_t place = 0; place < places; place++)
+            memcpy(of_line + place * apart + first, from + place * count, sizeof(float) * count);
     }
     for (int64_t j = 0; j < N; j++) along[j] += total[j];
 }
@@ -70,7 +77,7 @@ __attribute__((noinline)) void line_sums(const T* g, int64_t n, int64_t lines, f
 // A matrix: rows and columns of some of its lines.
 template <class T>
 void matrix_sums(const Plan& plan, const Piece& piece, const T* g, int64_t first, int64_t last, float* along, double* result) {
-    constexpr int64_t AT_ONCE = 256;
+    constexpr int64_t AT_ONCE = 2048;
     const int64_t stride = piece.row_step ? piece.col_stride[0] : piece.row_stride[0];
     float of_line[AT_ONCE];
     for (int64_t l = first; l < last; l += AT_ONCE) {

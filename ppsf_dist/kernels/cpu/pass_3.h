@@ -31,7 +31,7 @@ void store_block(const Numbers& c, const Block& b, const float* new_y, const flo
 
 // The default step of short lines of a matrix, each with its own `across`.
 template <int64_t N, bool FROM_Y>
-void common_lines(const Common<Kind<true, true, false>>& step, const float* across, int64_t stride, const float* along,
+void common_lines(const Common<Default>& step, const float* across, int64_t stride, const float* along,
                   int64_t lines, const float* g, float* y, float* z) {
     const float eps = step.eps, q = step.q, advance = step.advance, weight = step.weight;
     for (int64_t l = 0; l < lines; l++, g += N, y += N, z += N) {
@@ -46,7 +46,7 @@ void common_lines(const Common<Kind<true, true, false>>& step, const float* acro
 }
 
 template <class T>
-using Lines = void (*)(const Common<Kind<true, true, false>>&, const float*, int64_t, const float*, int64_t, const T*, T*, T*);
+using Lines = void (*)(const Common<Default>&, const float*, int64_t, const float*, int64_t, const T*, T*, T*);
 
 template <bool FROM_Y>
 Lines<float> common_lines_of(int64_t n) {
