@@ -111,7 +111,7 @@ def test_its_rows_are_those_of_the_method() -> None:
 @settings(max_examples=200)
 @given(groups(), st.data())
 def test_groups(of: list[dict[str, Any]], data: st.DataObject) -> None:
-    """What a step begins with, and what it ends with, for every switch; also if it is void or a number is not finite."""
+    """What a step begins and ends with, for every switch; also if it is void or a number is not finite."""
     broken = data.draw(st.sampled_from((None, None, None, "d", "lr", "weight_decay")))
     if broken is not None:
         of[-1][broken] = data.draw(st.sampled_from((math.nan, math.inf)))

@@ -19,6 +19,9 @@ inline float float_of(uint32_t bits) {
     return x;
 }
 
+inline uint32_t stored_bits(float x) { return bits_of(x); }
+inline uint32_t stored_bits(bf16 x) { return x; }
+
 inline float load(float x) { return x; }
 inline float load(bf16 x) { return float_of(uint32_t(x) << 16); }
 

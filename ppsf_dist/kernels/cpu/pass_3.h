@@ -130,7 +130,7 @@ bool pack(const Plan& plan, const Task& task, bool only_compares) {
         const T* z = memory.z + b.at + b.phase;
         if (only_compares) {
             for (int64_t m = 0; m < count; m++)
-                if (memcmp(packed + m, z + m * slice_p, sizeof(T))) return false;
+                if (stored_bits(packed[m]) != stored_bits(z[m * slice_p])) return false;
             if (count) return true;
         } else {
             for (int64_t m = 0; m < count; m++) packed[m] = z[m * slice_p];

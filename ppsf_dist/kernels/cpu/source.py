@@ -15,8 +15,8 @@ HERE = Path(__file__).parent
 BUILT = HERE / "built"
 """What a wheel brings."""
 SOURCES = (
-    "passes.cpp", "pass_1.h", "pass_2.h", "pass_3.h", "common.h", "moments.h", "numbers.h", "walk.h", "block.h", "element.h",
-    "plan.h",
+    "passes.cpp", "pass_1.h", "pass_2.h", "pass_3.h", "common.h", "moments.h", "numbers.h", "walk.h", "block.h",
+    "element.h", "plan.h",
 )  # fmt: skip
 COMPILE = (
     "-O1", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-std=c++17", "-fopenmp-simd", "-fno-math-errno",
