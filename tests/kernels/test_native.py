@@ -59,6 +59,9 @@ def cuts(draw: st.DrawFn) -> Cut:
     if axes == 2 and draw(st.booleans()):
         wide = draw(st.integers(190, 1100))
         shape = (shape[0] % 20 + 1, wide) if draw(st.booleans()) else (wide, shape[0] % 20 + 1)
+    elif axes == 2 and draw(st.booleans()):
+        # Lines as short as the ranks of adapters have loops of their own.
+        shape = (draw(st.integers(1, 300)), draw(st.sampled_from((8, 16, 32, 64))))
     if axes == 4 and draw(st.booleans()):
         shape = (draw(st.integers(32, 40)), *shape[1:])
     kind = draw(st.sampled_from(("everything", "box", "range")))
