@@ -256,11 +256,13 @@ class Engine(Planner):
                 "step() was called while the parameters hold the averaged weights: call optimizer.train() after "
                 "evaluating, before the next forward pass"
             )
-        assert self.numbers is not None
+        assert self.numbers is not None and self.host is not None
         self.method.validate_step(self.groups)
         self.learning_rates.see(self.groups)
         self.numbers.absorb(self.groups)
-        numbers = self.kernels.step_numbers(self.method, self.numbers.values.device)
+        # In C++ the host reads what it computes.
+        native = self.kernels.step_numbers(self.method, self.host.device)
+        numbers = native if self.host.free else self.method.step_numbers
         return numbers(self.numbers, self.groups, self.seed)
 
     def _drop_step(self) -> None:
