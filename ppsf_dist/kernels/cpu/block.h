@@ -53,6 +53,7 @@ inline const float* floats(const T* from, int64_t n, float* beside) {
     if constexpr (sizeof(T) == sizeof(float)) {
         return from;
     } else {
+#pragma omp simd
         for (int64_t j = 0; j < n; j++) beside[j] = load(from[j]);
         return beside;
     }
@@ -66,6 +67,7 @@ void load_block(const Piece& piece, const Numbers& c, const Memory<T>& memory, c
     f.y = all || (piece.flags & COUPLED_DECAY) ? of(memory.y, 1) : nullptr;
     if (piece.flags & COUPLED_DECAY) {
         const float decay = c.of[WEIGHT_DECAY], *y = f.y, *g = f.g;
+#pragma omp simd
         for (int64_t j = 0; j < b.n; j++) f.copies[0][j] = y[j] * decay + g[j];
         f.g = f.copies[0];
     }
@@ -80,8 +82,10 @@ inline float ema(float old, float beta, float weight, float x, bool half) {
 // The same for a block. Here and below no switch is asked inside a loop: then the compiler makes vectors of it.
 APART void ema(const float* old, float beta, float weight, const float* x, int64_t n, bool half, float* after) {
     if (half)
+#pragma omp simd
         for (int64_t j = 0; j < n; j++) after[j] = ema(old[j], beta, weight, x[j], true);
     else
+#pragma omp simd
         for (int64_t j = 0; j < n; j++) after[j] = ema(old[j], beta, weight, x[j], false);
 }
 
@@ -100,20 +104,26 @@ APART void direction(const Piece& piece, const Numbers& c, const Floats& f, cons
     const int64_t flags = piece.flags, n = b.n;
     const float* g = f.g;
     if (!(flags & SECOND_MOMENT)) {
+#pragma omp simd
         for (int64_t j = 0; j < n; j++) d.u[j] = g[j];
         return;
     }
     if (flags & FACTORED) {
         const float across = b.across, *along = b.along;
+#pragma omp simd
         for (int64_t j = 0; j < n; j++) d.u[j] = across * along[j];
     } else {
         const bool half = flags & WEIGHTS_IN_BF16;
+#pragma omp simd
         for (int64_t j = 0; j < n; j++) d.u[j] = g[j] * g[j];
         ema(f.v, c.of[BETA2], c.of[SQUARE_WEIGHT], d.u, n, half, d.v);
+#pragma omp simd
         for (int64_t j = 0; j < n; j++) d.u[j] = __builtin_sqrtf(d.v[j]);
         if (half)
+#pragma omp simd
             for (int64_t j = 0; j < n; j++) d.u[j] = as_bf16(d.u[j]);
         if (flags & SGD_PHASE)
+#pragma omp simd
             for (int64_t j = 0; j < n; j++) d.u[j] *= c.of[ROOT];
     }
     const float* numerator = g;
@@ -124,32 +134,40 @@ APART void direction(const Piece& piece, const Numbers& c, const Floats& f, cons
         if (flags & (CAUTIOUS | GRAMS)) {
             numerator = other;
             if (flags & CAUTIOUS)
+#pragma omp simd
                 for (int64_t j = 0; j < n; j++) other[j] = d.m[j] * (g[j] * d.m[j] > 0 ? 1.0f : 0.0f);
             else
+#pragma omp simd
                 for (int64_t j = 0; j < n; j++) other[j] = sign(g[j]) * __builtin_fabsf(d.m[j]);
         }
     } else if (flags & ATAN2) {
+#pragma omp simd
         for (int64_t j = 0; j < n; j++) other[j] = g[j] * c.of[D];
         numerator = other;
     }
     const float eps = c.of[D_EPS];
     if (flags & ATAN2)
+#pragma omp simd
         for (int64_t j = 0; j < n; j++) d.u[j] = scaled_atan2(numerator[j], d.u[j]);
     else
+#pragma omp simd
         for (int64_t j = 0; j < n; j++) d.u[j] = numerator[j] / (d.u[j] + eps);
 }
 
 // The direction with StableAdamW, the early mask and the weight decay of Schedule-Free.
 APART void finish(const Piece& piece, const Numbers& c, const float* y, int64_t n, float* u) {
+#pragma omp simd
     for (int64_t j = 0; j < n; j++) u[j] *= c.amount;
     constexpr int64_t adds = SCHEDULEFREE | DECAYS | DECAYS_BY_LR;
     if ((piece.flags & adds) == adds)
+#pragma omp simd
         for (int64_t j = 0; j < n; j++) u[j] = fused(y[j], c.of[WEIGHT_DECAY], u[j]);
 }
 
 // The step of y, to be subtracted, under the Schedule-Free forms of cautious and Grams.
 APART void masked_step(const Numbers& c, const float* u, const float* y, const float* z, int64_t n, float* step) {
     const float share = c.of[Q] * c.of[DELTA];
+#pragma omp simd
     for (int64_t j = 0; j < n; j++) step[j] = fused(u[j], share, (y[j] - z[j]) * c.of[AVERAGE]);
 }
 
@@ -168,8 +186,10 @@ APART void move(const Piece& piece, const Numbers& c, const float* y, const floa
         finish(piece, c, y, n, u);
         const float keep = c.of[KEEP];
         if (flags & DECAYS)
+#pragma omp simd
             for (int64_t j = 0; j < n; j++) new_y[j] = y[j] * keep - u[j] * delta;
         else
+#pragma omp simd
             for (int64_t j = 0; j < n; j++) new_y[j] = y[j] - u[j] * delta;
         return;
     }
@@ -178,23 +198,31 @@ APART void move(const Piece& piece, const Numbers& c, const float* y, const floa
         finish(piece, c, y, n, u);
         masked_step(c, u, y, z, n, step);
         if (flags & CAUTIOUS)
+#pragma omp simd
             for (int64_t j = 0; j < n; j++) new_y[j] = y[j] - step[j] * (u[j] * step[j] > 0 ? 1.0f : 0.0f) * c.mask;
         else
+#pragma omp simd
             for (int64_t j = 0; j < n; j++)
                 new_y[j] = y[j] - __builtin_fabsf(step[j]) * sign(u[j]);
+#pragma omp simd
         for (int64_t j = 0; j < n; j++) u[j] *= delta;
     } else {
         if (flags & DECAYS) {
             finish(piece, c, y, n, u);
+#pragma omp simd
             for (int64_t j = 0; j < n; j++) u[j] *= delta;
         } else {
+#pragma omp simd
             for (int64_t j = 0; j < n; j++) u[j] *= c.advance;
         }
+#pragma omp simd
         for (int64_t j = 0; j < n; j++) new_y[j] = fused(-u[j], q, lerp(y[j], z[j], c.of[AVERAGE]));
     }
+#pragma omp simd
     for (int64_t j = 0; j < n; j++) new_z[j] = z[j] - u[j];
     if (decays_apart) {
         const float decay = c.of[WEIGHT_DECAY], share = decay * q;
+#pragma omp simd
         for (int64_t j = 0; j < n; j++) {
             new_z[j] = fused(-y[j], decay, new_z[j]);
             new_y[j] = fused(-y[j], share, new_y[j]);

@@ -1,5 +1,5 @@
 // What lies between the passes: the numbers of groups (as ppsf_dist/methods/prodigy_plus.py has them) and of parameters (as
-// ppsf_dist/engine/part_numbers.py), in fp64. Their formulas are a hundred operators on short vectors for torch, and one loop here.
+// ppsf_dist/engine/part_numbers.py), in fp64. For torch their formulas are a hundred operators on short vectors.
 #pragma once
 #include "element.h"
 #include "plan.h"
