@@ -43,4 +43,5 @@ with averaged(optimizer, model), torch.no_grad():  # to keep: the average
     loss = (accelerator.unwrap_model(model)(points) - data.tensors[1]).square().mean()
     accelerator.save_model(model, f"{options.output}/model")
 accelerator.print(f"loss of the averaged weights: {loss.item():.4f}")
+accelerator.wait_for_everyone()  # gloo's threads that still hold tensors when Python ends abort it
 accelerator.end_training()

@@ -46,3 +46,5 @@ attach(trainer)
 trainer.train(resume_from_checkpoint=options.resume)
 trainer.save_model()
 print(f"loss of the averaged weights: {trainer.evaluate()['eval_loss']:.4f}")
+trainer.accelerator.wait_for_everyone()  # gloo's threads that still hold tensors when Python ends abort it
+trainer.accelerator.end_training()

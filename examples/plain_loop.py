@@ -83,4 +83,5 @@ with Monitor(optimizer, every=10, to=options.output / "run.jsonl", model=model) 
         loss = loss_of(torch.arange(64, device=device))
 if rank == 0:
     print(f"d {optimizer.get_d_estimate():.4e}, loss of the averaged weights: {loss.item():.4f}")
+dist.barrier()  # gloo's threads that still hold tensors when Python ends abort it
 dist.destroy_process_group()

@@ -50,4 +50,5 @@ with averaged(optimizers, model), torch.no_grad():
     loss = loss_of(torch.arange(64)).item()
 if dist.get_rank() == 0:
     print(f"d {schedulers.get_metrics()['d']:.4e}, loss of the averaged weights: {loss:.4f}")
+dist.barrier()  # gloo's threads that still hold tensors when Python ends abort it
 dist.destroy_process_group()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -208,7 +209,10 @@ def test_the_example_runs_on_one_rank_and_resumes_on_two(tmp_path: Path) -> None
     alone = subprocess.run([sys.executable, *words, "--steps", "50"], capture_output=True, text=True)
     assert alone.returncode == 0, alone.stderr
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # A file for each rank: in a common pipe the lines of two ranks mix.
+    logs = tmp_path / "logs"
+    two += ["--log-dir", str(logs), "--redirects", "1"]
     both = subprocess.run([*two, *words, "--steps", "100", "--resume"], capture_output=True, text=True)
     assert both.returncode == 0, both.stderr
-    losses = [line for line in both.stdout.splitlines() if "loss of the averaged weights" in line]
-    assert len(losses) == 2 and len(set(losses)) == 1
+    losses = [re.findall(r"loss of the averaged weights: \S+", file.read_text()) for file in logs.rglob("stdout.log")]
+    assert len(losses) == 2 and losses[0] == losses[1] and len(losses[0]) == 1
