@@ -202,8 +202,9 @@ void pass_1(const Plan& plan, const Task& task, double* result) {
     } else if ((flags & FACTORED) && (flags & OWNED)) {
         memset(plan.partial + task.partial, 0, sizeof(double) * (piece.row_count + piece.col_count));
     }
-    // Few lines at a time, so that what follows their sums finds them in the cache.
-    const int64_t some = n < 8192 ? 32768 / n : 4;
+    // So many lines at a time that what follows their sums finds them in a second-level cache.
+    constexpr int64_t IN_CACHE = 131072, FEWEST = 4;
+    const int64_t some = n * FEWEST < IN_CACHE ? IN_CACHE / n : FEWEST;
     Task part = task;
     for (part.first_line = task.first_line; part.first_line < task.last_line; part.first_line = part.last_line) {
         part.last_line = task.last_line - part.first_line < some ? task.last_line : part.first_line + some;
