@@ -179,7 +179,13 @@ def twin(side: Side) -> Side:
 
 def terms(side: Side, slot: int) -> Any:
     """The largest that Prodigy's sum of a parameter can be: what its rounding is measured by."""
-    gradient, state = side.gradients[slot], side.state[side.shards[slot].param]
-    if gradient is None or "p0" not in state:
+    gradient, shard = side.gradients[slot], side.shards[slot]
+    state: dict[str, Tensor] = side.state[shard.param]
+    pull: Any = 0.0
+    if "p0" not in state or not state["p0"].numel():
         return 0.0
-    return gradient.abs().double().sum() * (state["p0"].abs().max() + 1) if state["p0"].numel() else 0.0
+    if gradient is not None:
+        pull += gradient.abs().double().sum()
+    if side.switches[slot].coupled_decay:
+        pull += side.buffers.coefficients["weight_decay"][slot] * shard.weights().abs().double().sum()
+    return pull * (state["p0"].abs().max() + 1)
