@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import ppsf_dist
-from benchmarks.traffic import Traffic
+from benchmarks.traffic import Loops, Traffic
 from tests.harness.kernels import kernels
 
 Build = Callable[[list[nn.Parameter]], Any]
@@ -83,6 +83,7 @@ OPTIMIZERS: dict[str, Build] = {
     "ppsf_dist AdamWScheduleFree": _ours(name="AdamWScheduleFree"),
     "ppsf_dist SGDScheduleFree": _ours(name="SGDScheduleFree"),
     "memory alone": Traffic,
+    "loops alone": Loops,
     "prodigy-plus-schedule-free": _reference,
     "prodigyopt slice_p=1": _prodigy(1),
     "prodigyopt slice_p=11": _prodigy(11),

@@ -1,4 +1,4 @@
-"""The reads and writes of a step without its arithmetic: how close a step is to what memory alone takes.
+"""The reads and writes of a step without its arithmetic, and its loops without all else: how close a step is to them.
 
 With a factored second moment and Schedule-Free a step reads the gradient in each of three passes, y and z in the last,
 which writes both, and Prodigy's samples (1/11 of the elements: z in its dtype, p0 and s in bf16).
@@ -25,20 +25,22 @@ SLICE_P = 11
 class _Tensor(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_void_p) for name in ("g", "y", "z", "samples")],
-        *[(name, ctypes.c_int64) for name in ("words", "sampled", "kept")],
+        *[(name, ctypes.c_int64) for name in ("words", "sampled", "kept", "rows", "columns")],
+        ("factors", ctypes.c_void_p),
     ]
 
 
 @functools.cache
-def _function() -> Any:
+def _library() -> Any:
     source = Path(__file__).with_suffix(".cpp")
     flags = flags_for(torch.backends.cpu.get_cpu_capability())
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "traffic.so"
         subprocess.run([compiler(), *flags, "-fvisibility=default", str(source), "-o", str(made)], check=True)
-        function = ctypes.CDLL(str(made)).traffic_of_step
-    function.argtypes, function.restype = (ctypes.POINTER(_Tensor), ctypes.c_int64), ctypes.c_uint64
-    return function
+        library = ctypes.CDLL(str(made))
+    for function in (library.traffic_of_step, library.loops_of_step):
+        function.argtypes, function.restype = (ctypes.POINTER(_Tensor), ctypes.c_int64), ctypes.c_uint64
+    return library
 
 
 class Traffic:
@@ -59,6 +61,9 @@ class Traffic:
             self.state[p] = {"z": torch.empty_like(p.detach()).zero_(), "samples": samples}
 
     def step(self) -> None:
+        _library().traffic_of_step(self._tensors(), len(self.params))
+
+    def _tensors(self) -> Any:
         tensors = (_Tensor * len(self.params))()
         for tensor, p in zip(tensors, self.params, strict=True):
             assert p.grad is not None
@@ -67,4 +72,32 @@ class Traffic:
             tensor.z, tensor.samples = state["z"].data_ptr(), state["samples"].data_ptr()
             tensor.words, tensor.sampled = p.nbytes // WORD, state["samples"].numel()
             tensor.kept = written
-        _function()(tensors, len(self.params))
+        return tensors
+
+
+class Loops(Traffic):
+    """The three loops of a default step over whole matrices: squares by row and column, norm of the direction, y and z.
+
+    Samples are read and written, nothing is computed of them; nothing finds tensors, checks or cuts. By one thread. The
+    weights are of no use afterwards.
+
+    Args:
+        params: fp32, contiguous, on the CPU, with gradients.
+    """
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        super().__init__(params)
+        if any(p.dtype != torch.float32 for p in params):
+            raise ValueError("the loops alone are measured in fp32")
+        self._factors = [torch.zeros(rows + columns) for rows, columns in map(self._sides, params)]
+
+    @staticmethod
+    def _sides(p: torch.Tensor) -> tuple[int, int]:
+        columns = p.shape[-1] if p.dim() else 1
+        return p.numel() // columns, columns
+
+    def step(self) -> None:
+        tensors = self._tensors()
+        for tensor, p, factors in zip(tensors, self.params, self._factors, strict=True):
+            (tensor.rows, tensor.columns), tensor.factors = self._sides(p), factors.data_ptr()
+        _library().loops_of_step(tensors, len(self.params))

@@ -115,6 +115,21 @@ def test_what_memory_alone_takes_touches_everything() -> None:
         assert memory.state[p]["samples"].any()
 
 
+def test_the_loops_alone_compute() -> None:
+    params = parameters("tiny", torch.float32)[:3]
+    before = [p.detach().clone() for p in params]
+    loops = build("loops alone", params)
+    loops.step()
+    for p, old in zip(params, before, strict=True):
+        assert p.grad is not None
+        square = p.grad.square()
+        v = p.grad / (square.sum(1, keepdim=True) * square.sum(0, keepdim=True) + 1e-8) * 1e-6
+        assert torch.allclose(loops.state[p]["z"], -v, rtol=1e-4)
+        assert torch.allclose(p, old - 0.01 * old - 0.1 * v, rtol=1e-4, atol=1e-8)
+    with pytest.raises(ValueError, match="fp32"):
+        build("loops alone", parameters("tiny", torch.bfloat16)[:1])
+
+
 @pytest.mark.parametrize("name", EAGER)
 def test_a_step_of_the_eager_kernels(name: str) -> None:
     assert ratio("ppsf_dist eager", name, torch.float32, EAGER[name]) <= EAGER[name]
