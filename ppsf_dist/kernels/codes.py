@@ -41,10 +41,9 @@ class Flag(IntFlag):
     GRAMS = 1 << 14
     STOCHASTIC = 1 << 15
     WEIGHTS_IN_BF16 = 1 << 16
-    P0_IN_BF16 = 1 << 17
-    S_IN_BF16 = 1 << 18
-    MATRIX = 1 << 19
-    FLAT = 1 << 20
+    SAMPLES_IN_BF16 = 1 << 17
+    MATRIX = 1 << 18
+    FLAT = 1 << 19
 
 
 Axes = c_int64 * MOST_AXES

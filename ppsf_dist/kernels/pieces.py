@@ -43,6 +43,8 @@ def why_not(shard: Shard, switches: Switches, state: Mapping[str, Any]) -> str |
             return f"{name} in {str(value.dtype).removeprefix('torch.')}"
         if not value.is_contiguous():
             return f"strides of {name}"
+    if len({state[name].dtype for name in SAMPLES if name in state}) > 1:
+        return "p0 and s of different dtypes"
     return None if weights.is_contiguous() else "strides of the weights"
 
 
@@ -66,17 +68,12 @@ def flags_of(shard: Shard, switches: Switches, state: Mapping[str, Any], *, fact
         Flag.GRAMS: switches.grams and not switches.cautious,
         Flag.STOCHASTIC: switches.stochastic_rounding,
         Flag.WEIGHTS_IN_BF16: shard.weights().dtype == torch.bfloat16,
-        Flag.P0_IN_BF16: _is_bf16(state.get("p0")),
-        Flag.S_IN_BF16: _is_bf16(state.get("s")),
+        Flag.SAMPLES_IN_BF16: any(state[name].dtype == torch.bfloat16 for name in SAMPLES if name in state),
     }
     flags = Flag(0)
     for flag, on in asked.items():
         flags |= flag if on else Flag(0)
     return flags
-
-
-def _is_bf16(value: Tensor | None) -> bool:
-    return value is not None and value.dtype == torch.bfloat16
 
 
 class _Axis(NamedTuple):

@@ -243,6 +243,22 @@ def test_tensors_of_other_classes_are_left_to_torch() -> None:
     assert [(use.backend, use.why) for use in kernels.report(optimizer)] == [("eager", "tensors of class Marked")]
 
 
+def test_samples_of_two_dtypes_are_left_to_torch() -> None:
+    """A state dict may bring them; they stay what they are."""
+    p = nn.Parameter(torch.ones(40, 30))
+    p.grad = torch.ones(40, 30)
+    optimizer = ProdigyPlusScheduleFree([p])
+    optimizer.step()
+    loaded = optimizer.state_dict()
+    assert loaded["state"][0]["s"].dtype == loaded["state"][0]["p0"].dtype == torch.bfloat16
+    loaded["state"][0]["s"] = loaded["state"][0]["s"].float()
+    optimizer.load_state_dict(loaded)
+    optimizer.step()
+    assert optimizer.state[p]["s"].dtype == torch.float32
+    whys = [(use.backend, use.why) for use in kernels.report(optimizer)]
+    assert whys == [("eager", "p0 and s of different dtypes")]
+
+
 def test_autograd_sees_that_weights_have_changed() -> None:
     x, p = torch.ones(2, requires_grad=True), nn.Parameter(torch.ones(2))
     optimizer = ProdigyPlusScheduleFree([p])

@@ -259,7 +259,7 @@ struct GradientSum {
 
     // Where both have 16 bits, torch rounds the weight to their dtype.
     GradientSum(const Piece& piece, const Numbers& c) : beta3(c.of[BETA3]), weight(c.of[S_WEIGHT]) {
-        constexpr int64_t both = WEIGHTS_IN_BF16 | S_IN_BF16;
+        constexpr int64_t both = WEIGHTS_IN_BF16 | SAMPLES_IN_BF16;
         if ((piece.flags & both) == both) weight = as_bf16(weight);
     }
 
@@ -270,36 +270,46 @@ struct GradientSum {
 inline void keep(float* at, float x) { *at = x; }
 inline void keep(bf16* at, float x) { *at = bf16(bits_of(x) >> 16); }
 
-// Sums over samples: of the gradient, of the point where it was taken, and of p0 and s as they are stored.
-template <class P, class S>
-APART void sample_sums(const Piece& piece, const Numbers& c, const float* g, const float* point, const P* p0, const S* s,
-                       int64_t count, double* sums) {
-    const GradientSum sum(piece, c);
-    const bool rounds = (piece.flags & WEIGHTS_IN_BF16) && sizeof(P) == sizeof(bf16);
+// Sums over samples: of the gradient, of the point where it was taken, and of p0 and s as they are stored. The difference
+// of points is rounded to bf16 where both are stored so.
+template <bool ROUNDS, class S>
+void sample_sums_of(const Piece& piece, const Numbers& c, const float* g, const float* point, const S* p0, const S* s,
+                    int64_t count, double* sums) {
+    const auto difference = [&](int64_t m) {
+        const float apart = load(p0[m]) - point[m];
+        return ROUNDS ? as_bf16(apart) : apart;
+    };
     double dot = 0;
-    if (rounds)
-#pragma omp simd reduction(+ : dot)
-        for (int64_t m = 0; m < count; m++) dot += double(g[m] * as_bf16(load(p0[m]) - point[m]));
-    else
-#pragma omp simd reduction(+ : dot)
-        for (int64_t m = 0; m < count; m++) dot += double(g[m] * (load(p0[m]) - point[m]));
-    sums[DOT] += dot;
-    double l1 = 0, square = 0;
     if (piece.flags & SPEED) {
+        double l1 = 0, square = 0;
+#pragma omp simd reduction(+ : dot, l1, square)
         for (int64_t m = 0; m < count; m++) {
-            const float apart = load(p0[m]) - point[m], difference = rounds ? as_bf16(apart) : apart;
-            l1 += double(__builtin_fabsf(difference));
-            square += double(difference * difference);
+            const float apart = difference(m);
+            dot += double(g[m] * apart);
+            l1 += double(__builtin_fabsf(apart));
+            square += double(apart * apart);
         }
         sums[DELTA_L1] += l1;
         sums[DELTA_SQUARE] += square;
     } else {
-        // Nothing cancels here.
-        float of_block = 0;
-#pragma omp simd reduction(+ : of_block)
-        for (int64_t m = 0; m < count; m++) of_block += __builtin_fabsf(sum.after(s[m], g[m]));
-        sums[S_L1] += double(of_block);
+        const GradientSum sum(piece, c);
+        float length = 0;  // nothing cancels here
+#pragma omp simd reduction(+ : dot, length)
+        for (int64_t m = 0; m < count; m++) {
+            dot += double(g[m] * difference(m));
+            length += __builtin_fabsf(sum.after(s[m], g[m]));
+        }
+        sums[S_L1] += double(length);
     }
+    sums[DOT] += dot;
+}
+
+template <class S>
+APART void sample_sums(const Piece& piece, const Numbers& c, const float* g, const float* point, const S* p0, const S* s,
+                       int64_t count, double* sums) {
+    constexpr bool HALF = sizeof(S) == sizeof(bf16);
+    if (HALF && (piece.flags & WEIGHTS_IN_BF16)) sample_sums_of<HALF>(piece, c, g, point, p0, s, count, sums);
+    else sample_sums_of<false>(piece, c, g, point, p0, s, count, sums);
 }
 
 template <class S>

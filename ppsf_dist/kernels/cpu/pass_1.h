@@ -170,14 +170,9 @@ __attribute__((noinline)) void statistics(const Piece& piece, const Numbers& c, 
         const float* point = of_point;
         if (memory.packed) point = floats(memory.packed + sample, count, of_point);
         else gather(from + at, count, piece.slice_p, of_point);
-        // In one dtype or the other, each.
-        auto with = [&](auto* p0, auto* s) { sample_sums(piece, c, of_g, point, p0 + sample, s + sample, count, result); };
-        const auto of_s = [&](auto* p0) {
-            if (piece.flags & S_IN_BF16) with(p0, static_cast<const bf16*>(memory.s));
-            else with(p0, static_cast<const float*>(memory.s));
-        };
-        if (piece.flags & P0_IN_BF16) of_s(static_cast<const bf16*>(memory.p0));
-        else of_s(static_cast<const float*>(memory.p0));
+        auto sum = [&](auto* p0, auto* s) { sample_sums(piece, c, of_g, point, p0 + sample, s + sample, count, result); };
+        if (piece.flags & SAMPLES_IN_BF16) sum(static_cast<const bf16*>(memory.p0), static_cast<const bf16*>(memory.s));
+        else sum(static_cast<const float*>(memory.p0), static_cast<const float*>(memory.s));
     }
 }
 

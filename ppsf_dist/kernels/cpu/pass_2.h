@@ -59,15 +59,11 @@ void pass_2(const Plan& plan, const Task& task, double* result) {
     Floats floats;
     Direction d;
     Task rest = task;
-    if (common && (piece.flags & MATRIX) && piece.axes == 1 && memory.g) {
-        const bool rows = !piece.row_step;
-        const int64_t stride = rows ? piece.row_stride[0] : piece.col_stride[0];
-        const float* across = plan.factors + (rows ? piece.row : piece.col);
-        const float* along = plan.factors + (rows ? piece.col : piece.row);
-        const float eps = c.of[D_EPS];
-        const int64_t lines = task.last_line - task.first_line, apart = lines / 4;
+    if (common && is_matrix(piece) && memory.g) {
+        const Factors of(plan, piece);
+        const int64_t lines = task.last_line - task.first_line, apart = lines / 4, stride = of.stride;
+        const float *across = of.across + task.first_line * stride, *along = of.along, eps = c.of[D_EPS];
         const T* g = memory.g + task.first_line * piece.n;
-        across += task.first_line * stride;
         auto of_short = [&](auto norms) { result[UU] += norms(g, lines, across, stride, along, eps), rest.first_line += lines; };
         if (piece.n == 8) of_short(common_norms_of<T, 8>);
         else if (piece.n == 16) of_short(common_norms_of<T, 16>);

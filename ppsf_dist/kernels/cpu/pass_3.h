@@ -75,15 +75,13 @@ void pass_3(const Plan& plan, const Task& task, double*) {
     alignas(64) float new_y[BLOCK], new_z[BLOCK], of_g[SAMPLES];
     int64_t first_sample = task.sample, samples = 0;
     auto update = [&] {
-        if (flags & S_IN_BF16) update_s(piece, c, of_g, samples, static_cast<bf16*>(memory.s) + first_sample);
+        if (flags & SAMPLES_IN_BF16) update_s(piece, c, of_g, samples, static_cast<bf16*>(memory.s) + first_sample);
         else update_s(piece, c, of_g, samples, static_cast<float*>(memory.s) + first_sample);
     };
-    const bool matrix = (flags & (COMMON | UNCOMMON | DECAYS)) == COMMON && loops.step && writes && (flags & MATRIX) &&
-        (flags & FLAT) && piece.axes == 1;
+    const bool matrix = (flags & (COMMON | UNCOMMON | DECAYS)) == COMMON && loops.step && writes && (flags & FLAT) &&
+        is_matrix(piece);
     const auto of_lines = matrix ? common_lines_of(memory.y, piece.n, c.of[AVERAGE] < 0.5f) : nullptr;
-    const bool rows = !piece.row_step;
-    const int64_t stride = rows ? piece.row_stride[0] : piece.col_stride[0];
-    const float *across = plan.factors + (rows ? piece.row : piece.col), *along = plan.factors + (rows ? piece.col : piece.row);
+    const Factors of(plan, piece);
     Floats floats;
     Direction d;
     Block b;
@@ -96,7 +94,7 @@ void pass_3(const Plan& plan, const Task& task, double*) {
         T *y = memory.y + b.at, *z = averages ? memory.z + b.at : nullptr;
         if (loops.step && writes) {
             const T* g = memory.gradient(b.at);
-            if (of_lines) of_lines({piece, c, b}, across + b.at / piece.n * stride, stride, along, b.n / piece.n, g, y, z);
+            if (of_lines) of_lines({piece, c, b}, of.across + b.at / piece.n * of.stride, of.stride, of.along, b.n / piece.n, g, y, z);
             else loops.step(piece, c, b, g, y, averages ? z : memory.m + b.at, memory.v + b.at);
             if (sums) gather(g + b.phase, b.count, piece.slice_p, of_g + samples);
         } else {

@@ -41,12 +41,11 @@ enum Flag : int64_t {
     GRAMS = 1 << 14,
     STOCHASTIC = 1 << 15,
     WEIGHTS_IN_BF16 = 1 << 16,
-    P0_IN_BF16 = 1 << 17,
-    S_IN_BF16 = 1 << 18,
+    SAMPLES_IN_BF16 = 1 << 17,
     // R and C are each one value for a line or one for each of its elements, and no two lines share the former.
-    MATRIX = 1 << 19,
+    MATRIX = 1 << 18,
     // The elements follow each other in the flattened parameter.
-    FLAT = 1 << 20,
+    FLAT = 1 << 19,
 };
 
 // A box of a parameter whose elements lie one after the other in local memory, as lines along its last axis.

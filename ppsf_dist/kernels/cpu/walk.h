@@ -95,19 +95,34 @@ APART float factors_of(const float* factors, const Piece& piece, const Line& lin
     return *along = beside, 1.0f;
 }
 
+// The factors of a matrix: across[line * stride] * along[j] is the root of the second moment.
+struct Factors {
+    const float *across, *along;
+    int64_t stride;
+
+    Factors(const Plan& plan, const Piece& piece) {
+        const float *row = plan.factors + piece.row, *col = plan.factors + piece.col;
+        const bool rows = !piece.row_step;
+        across = rows ? row : col, along = rows ? col : row, stride = rows ? piece.row_stride[0] : piece.col_stride[0];
+    }
+};
+
+inline bool is_matrix(const Piece& piece) { return (piece.flags & MATRIX) && piece.axes == 1; }
+
 // The blocks of a task, in order.
 struct Blocks {
     const Plan& plan;
     const Task& task;
     const Piece& piece;
     const bool divides;  // whether the root of the second moment is wanted
+    const Factors factors;
     int64_t line, begin, sample, index;
     uint32_t phase;
     alignas(64) float root[BLOCK];
 
     Blocks(const Plan& plan, const Task& task, bool divides)
-        : plan(plan), task(task), piece(plan.pieces[task.piece]), divides(divides), line(task.first_line),
-          begin(task.begin), sample(task.sample), index(-1) {}
+        : plan(plan), task(task), piece(plan.pieces[task.piece]), divides(divides), factors(plan, piece),
+          line(task.first_line), begin(task.begin), sample(task.sample), index(-1) {}
 
     bool next(Block& b);
 };
@@ -122,11 +137,10 @@ void outer_product(const float* across, int64_t stride, const float* along, int6
 
 APART void expand_roots(const Plan& plan, const Piece& piece, int64_t first, int64_t count, float* root) {
     const int64_t n = piece.n;
-    if ((piece.flags & MATRIX) && piece.axes == 1) {
-        const bool rows = !piece.row_step;
-        const int64_t stride = rows ? piece.row_stride[0] : piece.col_stride[0];
-        const float *across = plan.factors + (rows ? piece.row : piece.col) + first * stride,
-                    *along = plan.factors + (rows ? piece.col : piece.row);
+    if (is_matrix(piece)) {
+        const Factors of(plan, piece);
+        const int64_t stride = of.stride;
+        const float *across = of.across + first * stride, *along = of.along;
         if (n == 8) return outer_product<8>(across, stride, along, n, count, root);
         if (n == 16) return outer_product<16>(across, stride, along, n, count, root);
         if (n == 32) return outer_product<32>(across, stride, along, n, count, root);
@@ -148,10 +162,15 @@ __attribute__((noinline)) bool Blocks::next(Block& b) {
         b.n = count * piece.n, b.index = piece.index + b.at, b.across = 1.0f, b.along = root;
         line += count;
     } else {
-        const Line of = line_of(piece, line);
         b.n = task.end - begin < BLOCK ? task.end - begin : BLOCK;
-        b.index = of.index + begin;
-        if (divides) b.across = factors_of(plan.factors, piece, of, begin, b.n, root, &b.along);
+        if (is_matrix(piece)) {
+            b.index = piece.index + line * piece.index_stride[0] + begin;
+            if (divides) b.across = factors.across[line * factors.stride], b.along = factors.along + begin;
+        } else {
+            const Line of = line_of(piece, line);
+            b.index = of.index + begin;
+            if (divides) b.across = factors_of(plan.factors, piece, of, begin, b.n, root, &b.along);
+        }
         begin += b.n;
         if (begin >= task.end) begin = task.begin, line++;
     }

@@ -122,7 +122,8 @@ class EagerPasses:
                     u, w = u.double(), view.point().double()
                     local[:, Stat.WW] += _sum(w * w)
                     local[:, Stat.WU] += _sum(w * u)
-                u = u.double() if work.switches.adopt else u
+                # Many elements of ADOPT's and FOCUS's u are alike: one rounding of their norm would move all of them.
+                u = u.double() if work.switches.adopt or work.switches.focus else u
                 local[:, Stat.UU] += _sum_squares(u.mul_(u))
             self._buffers.stats.index_add_(0, work.slot_index, local)
 

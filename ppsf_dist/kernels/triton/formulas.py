@@ -139,7 +139,7 @@ def move(u, y, z, plan, slot, ROWS: tl.constexpr, ON: tl.constexpr):
 def gradient_sum(g, s, plan, slot, ROWS: tl.constexpr, ON: tl.constexpr):
     """Prodigy's s after this step."""
     beta3, weight = number(plan, slot, ROWS.beta3), number(plan, slot, ROWS.s_weight)
-    if ON.s_in_bf16:
+    if ON.samples_in_bf16:
         if ON.weights_in_bf16:
             # Where both have it, torch rounds the weight to their dtype.
             weight = as_bf16(weight)

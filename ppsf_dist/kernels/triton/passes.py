@@ -143,7 +143,7 @@ def _sum_samples(plan, task, ON: tl.constexpr, ROWS: tl.constexpr, AXES: tl.cons
     g_at, y_at = walk.memory(plan, piece, GRADIENT, ON, False), walk.memory(plan, piece, WEIGHTS, ON, False)
     point_at = walk.memory(plan, piece, Z if ON.schedulefree else WEIGHTS, ON, False)
     packed = walk.samples(plan, piece, PACKED_Z, ON.weights_in_bf16)
-    p0_at, s_at = walk.samples(plan, piece, P0, ON.p0_in_bf16), walk.samples(plan, piece, S, ON.s_in_bf16)
+    p0_at, s_at = walk.samples(plan, piece, P0, ON.samples_in_bf16), walk.samples(plan, piece, S, ON.samples_in_bf16)
     stale = _is_stale(plan, task, ON, AXES)
     sample = walk.of_task(plan, task, SAMPLE)
     dot, l1, square = tl.zeros([BS], tl.float64), tl.zeros([BS], tl.float64), tl.zeros([BS], tl.float64)
@@ -160,7 +160,7 @@ def _sum_samples(plan, task, ON: tl.constexpr, ROWS: tl.constexpr, AXES: tl.cons
             else:
                 point = walk.read(point_at, offset, mask)
             difference = walk.read(p0_at, sample + m, mask) - point
-            if ON.weights_in_bf16 and ON.p0_in_bf16:
+            if ON.weights_in_bf16 and ON.samples_in_bf16:
                 difference = element.as_bf16(difference)
             dot += (g * difference).to(tl.float64)
             if ON.speed:
@@ -347,7 +347,7 @@ def _write_s(plan, task, ON: tl.constexpr, ROWS: tl.constexpr, AXES: tl.constexp
     piece = walk.piece_of(plan, task)
     slot, slice_p = tl.load(piece + SLOT), tl.load(piece + SLICE_P)
     g_at, y_at = walk.memory(plan, piece, GRADIENT, ON, False), walk.memory(plan, piece, WEIGHTS, ON, False)
-    s_at = walk.samples(plan, piece, S, ON.s_in_bf16)
+    s_at = walk.samples(plan, piece, S, ON.samples_in_bf16)
     sample = walk.of_task(plan, task, SAMPLE)
     for k in range(0, walk.stretches(plan, task, ON)):
         at, count = walk.stretch(plan, task, piece, k, ON, AXES)
@@ -356,7 +356,7 @@ def _write_s(plan, task, ON: tl.constexpr, ROWS: tl.constexpr, AXES: tl.constexp
             mask = m < count
             g = gradient(plan, piece, g_at, y_at, at + m * slice_p, mask, slot, ROWS, ON)
             s = formulas.gradient_sum(g, walk.read(s_at, sample + m, mask), plan, slot, ROWS, ON)
-            element.put(s_at + sample + m, s, mask, ON.s_in_bf16)
+            element.put(s_at + sample + m, s, mask, ON.samples_in_bf16)
         sample += count
 
 

@@ -54,8 +54,7 @@ class On(NamedTuple):
     grams: bool
     stochastic: bool
     weights_in_bf16: bool
-    p0_in_bf16: bool
-    s_in_bf16: bool
+    samples_in_bf16: bool
     matrix: bool
     flat: bool
 
