@@ -40,7 +40,8 @@ def test_cases_that_were_lost() -> None:
     """FOCUS makes elements alike: the norm's rounding in fp32 moved eight of 150 at once, and d by 3e-6."""
     case = draw(6281, 2)
     assert case.switch == "momentum_focus"
-    assert not compare(case, *run_cases([case], alone=True), [of_rank[0] for of_rank in run(2, run_cases, [case])])
+    (alone,), of_ranks = run_cases([case], alone=True), run(2, run_cases, [case])
+    assert not compare(case, alone, [runs[0] for runs in of_ranks])
 
 
 def attempt(cases: list[Case], tally: Tally) -> None:
