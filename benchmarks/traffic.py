@@ -87,8 +87,8 @@ class Loops(Traffic):
 
     def __init__(self, params: list[nn.Parameter]) -> None:
         super().__init__(params)
-        if any(p.dtype != torch.float32 for p in params):
-            raise ValueError("the loops alone are measured in fp32")
+        if any(p.dtype != torch.float32 or p.dim() > 2 for p in params):
+            raise ValueError("the loops alone are measured on matrices and vectors in fp32")
         self._factors = [torch.zeros(rows + columns) for rows, columns in map(self._sides, params)]
 
     @staticmethod
