@@ -81,7 +81,6 @@ void pass_3(const Plan& plan, const Task& task, double*) {
     const bool matrix = (flags & (COMMON | UNCOMMON | DECAYS)) == COMMON && loops.step && writes && (flags & FLAT) &&
         is_matrix(piece);
     const auto of_lines = matrix ? common_lines_of(memory.y, piece.n, c.of[AVERAGE] < 0.5f) : nullptr;
-    const Factors of(plan, piece);
     Floats floats;
     Direction d;
     Block b;
@@ -94,7 +93,9 @@ void pass_3(const Plan& plan, const Task& task, double*) {
         T *y = memory.y + b.at, *z = averages ? memory.z + b.at : nullptr;
         if (loops.step && writes) {
             const T* g = memory.gradient(b.at);
-            if (of_lines) of_lines({piece, c, b}, of.across + b.at / piece.n * of.stride, of.stride, of.along, b.n / piece.n, g, y, z);
+            const Factors& of = blocks.factors;
+            if (of_lines)
+                of_lines({piece, c, b}, of.across + b.at / piece.n * of.stride, of.stride, of.along, b.n / piece.n, g, y, z);
             else loops.step(piece, c, b, g, y, averages ? z : memory.m + b.at, memory.v + b.at);
             if (sums) gather(g + b.phase, b.count, piece.slice_p, of_g + samples);
         } else {
