@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import ppsf_dist
+from benchmarks.operators import Operators
 from benchmarks.traffic import Loops, Traffic
 from tests.harness.kernels import kernels
 
@@ -84,6 +85,7 @@ OPTIMIZERS: dict[str, Build] = {
     "ppsf_dist SGDScheduleFree": _ours(name="SGDScheduleFree"),
     "memory alone": Traffic,
     "loops alone": Loops,
+    "operators alone": Operators,
     "prodigy-plus-schedule-free": _reference,
     "prodigyopt slice_p=1": _prodigy(1),
     "prodigyopt slice_p=11": _prodigy(11),

@@ -1,9 +1,10 @@
 // The reads and writes of a step, and no more: what memory alone takes. And what its loops take, alone.
 #include <stdint.h>
+#include <string.h>
 
 struct Tensor {
     const uint64_t* g;
-    uint64_t *y, *z, *samples;
+    uint64_t *y, *z, *samples;     // of z, s and p0, one after the other
     int64_t words, sampled, kept;  // of each of the first three, of the samples, and of those that a step writes
     int64_t rows, columns;
     float* factors;  // memory for those of rows and columns
@@ -38,8 +39,8 @@ extern "C" uint64_t traffic_of_step(const Tensor* tensors, int64_t count) {
     return all;
 }
 
-// Squares by row and column, the norm of the direction, the step: of an fp32 matrix, and nothing between the loops but to
-// read and write what the samples take.
+// Of an fp32 matrix: squares by row and column, Prodigy's sums over every eleventh element, the norm of the direction, and
+// the step. Nothing between the loops.
 static void squares(const float* g, int64_t rows, int64_t columns, float* of_row, float* of_column) {
     const int64_t apart = rows / 4;
     for (int64_t l = 0; l < apart; l++) {
@@ -90,26 +91,111 @@ static void step(const float* __restrict g, float* __restrict y, float* __restri
     }
 }
 
-extern "C" uint64_t loops_of_step(const Tensor* tensors, int64_t count) {
-    float of_all = 1e-6f;
-    uint64_t all = 0;
-    for (int64_t t = 0; t < count; t++) {
-        const Tensor& tensor = tensors[t];
-        const float* g = reinterpret_cast<const float*>(tensor.g);
-        float *of_row = tensor.factors, *of_column = of_row + tensor.rows;
-        for (int64_t j = 0; j < tensor.columns; j++) of_column[j] = 0;
-        squares(g, tensor.rows, tensor.columns, of_row, of_column);
-        all += read_all(tensor.samples, tensor.sampled);
-        of_all += norm(g, tensor.rows, tensor.columns, of_row, of_column) * 1e-30f;
+constexpr int64_t SLICE_P = 11, SAMPLES = 1024, IN_CACHE = 131072;
+
+static uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static float load(uint16_t x) { return float_of(uint32_t(x) << 16); }
+
+static float rounded(float x) {
+    const uint32_t bits = bits_of(x);
+    return float_of((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
+}
+
+static float later(uint16_t s, float g) { return rounded(rounded(load(s) * 0.99f) + g * 0.01f); }
+
+// Instructions that gather are slower.
+__attribute__((noinline, optimize("no-tree-vectorize"))) static void gather(const float* from, int64_t n, float* to) {
+    for (int64_t i = 0; i < n; i++) to[i] = from[i * SLICE_P];
+}
+
+__attribute__((noinline)) static void write_s(const float* __restrict g, int64_t n, uint16_t* __restrict s) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        const float sum = later(s[i], g[i]);
+        s[i] = uint16_t(bits_of(sum) >> 16);
     }
+}
+
+struct Samples {
+    float* z;
+    uint16_t *s, *p0;
+    int64_t count;
+
+    Samples(const Tensor& tensor)
+        : z(reinterpret_cast<float*>(tensor.samples)), s(nullptr), p0(nullptr), count(tensor.rows * tensor.columns / SLICE_P) {
+        s = reinterpret_cast<uint16_t*>(z + count), p0 = s + count;
+    }
+
+    double sums(const float* g, int64_t first, int64_t last) const {
+        double dot = 0, length = 0;
+        float of_g[SAMPLES];
+        for (; first < last; first += SAMPLES) {
+            const int64_t n = last - first < SAMPLES ? last - first : SAMPLES;
+            const float* of_z = z + first;
+            const uint16_t *of_s = s + first, *of_p0 = p0 + first;
+            gather(g + first * SLICE_P, n, of_g);
+            float some = 0;
+#pragma omp simd reduction(+ : dot, some)
+            for (int64_t i = 0; i < n; i++) {
+                dot += double(of_g[i] * (load(of_p0[i]) - of_z[i]));
+                some += __builtin_fabsf(later(of_s[i], of_g[i]));
+            }
+            length += double(some);
+        }
+        return dot + length;
+    }
+
+    void write(const float* g, const float* new_z, int64_t first, int64_t last) const {
+        float of_g[SAMPLES];
+        for (; first < last; first += SAMPLES) {
+            const int64_t n = last - first < SAMPLES ? last - first : SAMPLES;
+            gather(g + first * SLICE_P, n, of_g);
+            gather(new_z + first * SLICE_P, n, z + first);
+            write_s(of_g, n, s + first);
+        }
+    }
+};
+
+extern "C" uint64_t loops_of_step(const Tensor* tensors, int64_t count) {
+    double all = 1;
     for (int64_t t = 0; t < count; t++) {
         const Tensor& tensor = tensors[t];
+        const Samples samples(tensor);
+        const float* g = reinterpret_cast<const float*>(tensor.g);
+        const int64_t rows = tensor.rows, columns = tensor.columns;
+        const int64_t some = IN_CACHE / columns < 4 ? 4 : IN_CACHE / columns / 4 * 4;
+        float *of_row = tensor.factors, *of_column = of_row + rows;
+        for (int64_t j = 0; j < columns; j++) of_column[j] = 0;
+        for (int64_t l = 0; l < rows; l += some) {
+            const int64_t last = rows - l < some ? rows : l + some;
+            squares(g + l * columns, last - l, columns, of_row + l, of_column);
+            all += samples.sums(g, l * columns / SLICE_P, last * columns / SLICE_P);
+        }
+        all += double(norm(g, rows, columns, of_row, of_column));
+    }
+    const float advance = 1e-6f + float(all * 1e-30);
+    for (int64_t t = 0; t < count; t++) {
+        const Tensor& tensor = tensors[t];
+        const Samples samples(tensor);
         const float* g = reinterpret_cast<const float*>(tensor.g);
         float *y = reinterpret_cast<float*>(tensor.y), *z = reinterpret_cast<float*>(tensor.z);
-        for (int64_t l = 0; l < tensor.rows; l++)
-            step(g + l * tensor.columns, y + l * tensor.columns, z + l * tensor.columns, tensor.columns, tensor.factors[l],
-                 tensor.factors + tensor.rows, of_all);
-        for (int64_t i = 0; i < tensor.kept; i++) tensor.samples[i] ^= all;
+        const int64_t columns = tensor.columns;
+        for (int64_t l = 0; l < tensor.rows; l++) {
+            step(g + l * columns, y + l * columns, z + l * columns, columns, tensor.factors[l], tensor.factors + tensor.rows,
+                 advance);
+            samples.write(g, z, l * columns / SLICE_P, (l + 1) * columns / SLICE_P);
+        }
     }
-    return all;
+    return uint64_t(all);
 }

@@ -1,4 +1,4 @@
-"""The reads and writes of a step without its arithmetic, and its loops without all else: how close a step is to them.
+"""The reads and writes of a step without its arithmetic, and its loops without all else: how close a step is to both.
 
 With a factored second moment and Schedule-Free a step reads the gradient in each of three passes, y and z in the last,
 which writes both, and Prodigy's samples (1/11 of the elements: z in its dtype, p0 and s in bf16).
@@ -76,10 +76,10 @@ class Traffic:
 
 
 class Loops(Traffic):
-    """The three loops of a default step over whole matrices: squares by row and column, norm of the direction, y and z.
+    """The three passes of a default step over whole matrices, written plainly, by one thread.
 
-    Samples are read and written, nothing is computed of them; nothing finds tensors, checks or cuts. By one thread. The
-    weights are of no use afterwards.
+    Squares by row and column and Prodigy's sums, then the norm of the direction, then y, z and samples. Nothing finds
+    tensors, checks or cuts. The weights are of no use afterwards.
 
     Args:
         params: fp32, contiguous, on the CPU, with gradients.

@@ -16,6 +16,7 @@ from torch import nn
 from benchmarks.measuring import compare
 from benchmarks.optimizers import BASELINE, OURS, build
 from benchmarks.sets import SETS, Shapes
+from benchmarks.traffic import SLICE_P
 from ppsf_dist import ProdigyPlusScheduleFree
 from ppsf_dist.kernels import report
 
@@ -115,19 +116,29 @@ def test_what_memory_alone_takes_touches_everything() -> None:
         assert memory.state[p]["samples"].any()
 
 
-def test_the_loops_alone_compute() -> None:
+@pytest.mark.parametrize("name", ["loops alone", "operators alone"])
+def test_what_is_measured_alone_computes(name: str) -> None:
     params = parameters("tiny", torch.float32)[:3]
     before = [p.detach().clone() for p in params]
-    loops = build("loops alone", params)
-    loops.step()
+    alone = build(name, params)
+    alone.step()
     for p, old in zip(params, before, strict=True):
         assert p.grad is not None
-        square = p.grad.square()
+        square, state = p.grad.square(), alone.state[p]
         v = p.grad / (square.sum(1, keepdim=True) * square.sum(0, keepdim=True) + 1e-8) * 1e-6
-        assert torch.allclose(loops.state[p]["z"], -v, rtol=1e-4)
+        assert torch.allclose(state["z"], -v, rtol=1e-4)
         assert torch.allclose(p, old - 0.01 * old - 0.1 * v, rtol=1e-4, atol=1e-8)
+        of_g, of_z = (tensor.view(-1)[::SLICE_P] for tensor in (p.grad, state["z"]))
+        if name == "loops alone":
+            # Samples of z, s and p0, one after the other.
+            samples, count = state["samples"], p.numel() // SLICE_P
+            assert torch.equal(samples.view(torch.float32)[:count], of_z[:count])
+            s, of_g = samples.view(torch.bfloat16)[2 * count : 3 * count], of_g[:count]
+        else:
+            s = state["s"]
+        assert torch.equal(s, (of_g * 0.01).bfloat16())
     with pytest.raises(ValueError, match="fp32"):
-        build("loops alone", parameters("tiny", torch.bfloat16)[:1])
+        build(name, parameters("tiny", torch.bfloat16)[:1])
 
 
 @pytest.mark.parametrize("name", EAGER)

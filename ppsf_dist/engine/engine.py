@@ -81,7 +81,7 @@ class Engine(Planner):
                 # The framework has left out some parts of the step before.
                 self._finish_step()
             fresh = not self.state
-            plan = self.current_plan(part)
+            plan = self.current_plan(part, layout if closure is None else None)
             if plan is None:
                 self._doubt_frozen(layout)
             elif not (fresh and self._creates_state_only(plan)):
@@ -251,7 +251,7 @@ class Engine(Planner):
 
     def _begin_step(self) -> StepNumbers:
         """The numbers that all parts of a step use."""
-        if any(self._averages(group) and not group["train_mode"] for group in self.groups):
+        if any(not group["train_mode"] and self._averages(group) for group in self.groups):
             raise RuntimeError(
                 "step() was called while the parameters hold the averaged weights: call optimizer.train() after "
                 "evaluating, before the next forward pass"

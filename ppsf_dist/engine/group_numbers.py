@@ -51,6 +51,7 @@ class GroupNumbers:
         self.values = host.upload(rows).t().contiguous()
         self._hyper_rows: list[tuple[float, ...]] = []
         self.hyper_table = torch.empty(0)
+        self._hyper: dict[str, Tensor] = {}
         self._in_flight: deque[PendingCopy] = deque()
         self.heard = self.told = dict(zip(self.rows, rows[0], strict=True))
 
@@ -84,12 +85,16 @@ class GroupNumbers:
                         _name_unsound(name, value, index)
             table = self._host.upload(rows).t().contiguous()
             # In place, as all that a captured graph would read.
-            self.hyper_table = self.hyper_table.copy_(table) if self._hyper_rows else table
+            if self._hyper_rows:
+                self.hyper_table.copy_(table)
+            else:
+                self.hyper_table = table
+                self._hyper = dict(zip(names, table.unbind(), strict=True))
             self._hyper_rows = rows
         for column, group in enumerate(groups):
             if isinstance(group["lr"], Tensor):
                 self.hyper_table[names.index("lr"), column].copy_(group["lr"].detach().squeeze(), non_blocking=True)
-        return dict(zip(names, self.hyper_table.unbind(), strict=True))
+        return self._hyper
 
     def _hyper_row(self, group: Group) -> tuple[float, ...]:
         """0 for a learning rate that is a tensor, which only the device reads."""

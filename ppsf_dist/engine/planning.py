@@ -100,9 +100,11 @@ class Planner:
     @property
     def groups(self) -> list[Group]:
         """All parameter groups, also while a framework lets ``param_groups`` show only some of them."""
-        known = {id(group) for group in self.all_groups}
-        if any(id(group) not in known for group in self._owner.param_groups):
-            self.all_groups = self._owner.param_groups
+        shown = self._owner.param_groups
+        if shown is not self.all_groups:
+            known = {id(group) for group in self.all_groups}
+            if any(id(group) not in known for group in shown):
+                self.all_groups = shown
         return self.all_groups
 
     def current_layout(self) -> Layout:
@@ -329,10 +331,11 @@ class Planner:
             return
         while self._unheard:
             news = self._unheard.pop(0)
-            report = report_of(self.method, news, self.numbers.told)
-            self.numbers.told = news[0]
-            for observer in list(self.observers.values()):
-                observer(report)
+            before, self.numbers.told = self.numbers.told, news[0]
+            if self.observers:
+                report = report_of(self.method, news, before)
+                for observer in list(self.observers.values()):
+                    observer(report)
 
     def _hear(self, news: News) -> None:
         """What the host learns from the numbers of a step, when they arrive."""

@@ -6,6 +6,7 @@ All arithmetic is fp32 on tiles of shape ``(pieces, *size)``. Scalars come as te
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -50,6 +51,7 @@ class EagerPasses:
         self._workspace, self.works, self._moments, self._buffers = workspace, works, moments, buffers
         # Views of a table that stays where it is.
         self._of_one: dict[int, SimpleNamespace] = {}
+        self._views: dict[int, list[TileView]] = {}
 
     @property
     def kept(self) -> int:
@@ -59,43 +61,52 @@ class EagerPasses:
         return True
 
     def bind(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        self._views = {}
         for work in self.works:
             work.bind(weights, gradients)
 
     def release(self) -> None:
+        self._views = {}
         for work in self.works:
             work.release()
 
     def pass_1(self, *, goes_on: bool) -> None:
-        sums, stats = self._buffers.sums, self._buffers.stats
         for work in self.works:
-            if not work.owned:
-                self._check_finite(work)
-                continue
-            switches = work.switches
-            row_sums = None if work.row_index is None else torch.zeros_like(work.row_index, dtype=torch.float32)
-            col_sums = None if work.col_index is None else torch.zeros_like(work.col_index, dtype=torch.float32)
-            local = self._local_stats(work)
-            for view in self._tiles(work, factored=switches.adopt):
-                square = torch.mul(view.g, view.g, out=self._workspace.take("u", view.g, view.shape))
-                if row_sums is not None and col_sums is not None and work.row_axis is not None:
-                    assert work.col_axis is not None
-                    view.tile.cut_axes(row_sums).add_(square.sum(work.row_axis + 1, keepdim=True))
-                    view.tile.cut_axes(col_sums).add_(square.sum(work.col_axis + 1, keepdim=True))
+            with self._sums(work, self._buffers.stats) as of_work:
+                if work.owned:
+                    self._sum_squares(work, of_work)
                 else:
-                    local[:, Stat.LARGEST_SQUARE] += _largest(square)
-                    local[:, Stat.GG] += _sum_squares(square)
-                if switches.statistics:
-                    self._sample_sums(view, local)
-                if switches.counts_mask_early:
-                    local[:, Stat.EARLY_MASK] += _sum(direction.aligned(view.g, view.momentum()))
-            if row_sums is not None and col_sums is not None:
-                assert work.row_index is not None and work.col_index is not None
-                sums.index_add_(0, work.row_index.view(-1), row_sums.view(-1))
-                sums.index_add_(0, work.col_index.view(-1), col_sums.view(-1))
-                local[:, Stat.LARGEST_SQUARE] += _largest(row_sums)
-                local[:, Stat.GG] += _sum(row_sums)
-            stats.index_add_(0, work.slot_index, local)
+                    # A replica's part in the sums: 0, unless its gradient is not finite.
+                    for view in self._tiles(work, factored=False):
+                        of_work[Stat.LARGEST_SQUARE].add_(_largest(self._square(view)) * 0)
+
+    def _sum_squares(self, work: Work, of_work: Sequence[Tensor]) -> None:
+        switches = work.switches
+        row_sums = None if work.row_index is None else torch.zeros_like(work.row_index, dtype=torch.float32)
+        col_sums = None if work.col_index is None else torch.zeros_like(work.col_index, dtype=torch.float32)
+        for view in self._tiles(work, factored=switches.adopt):
+            square = self._square(view)
+            if row_sums is not None and col_sums is not None and work.row_axis is not None:
+                assert work.col_axis is not None
+                view.tile.cut_axes(row_sums).add_(square.sum(work.row_axis + 1, keepdim=True))
+                view.tile.cut_axes(col_sums).add_(square.sum(work.col_axis + 1, keepdim=True))
+            else:
+                of_work[Stat.LARGEST_SQUARE].add_(_largest(square))
+                of_work[Stat.GG].add_(_sum_positive(square))
+            if switches.statistics:
+                self._sample_sums(view, of_work)
+            if switches.counts_mask_early:
+                of_work[Stat.EARLY_MASK].add_(_sum(direction.aligned(view.g, view.momentum())))
+        if row_sums is not None and col_sums is not None:
+            assert work.row_index is not None and work.col_index is not None
+            sums = self._buffers.sums
+            sums.index_add_(0, work.row_index.view(-1), row_sums.view(-1))
+            sums.index_add_(0, work.col_index.view(-1), col_sums.view(-1))
+            of_work[Stat.LARGEST_SQUARE].add_(_largest(row_sums))
+            of_work[Stat.GG].add_(_sum(row_sums))
+
+    def _square(self, view: TileView) -> Tensor:
+        return torch.mul(view.g, view.g, out=self._workspace.take("u", view.g, view.shape))
 
     def update_moments(self) -> None:
         buffers, c = self._buffers, self._buffers.coefficients
@@ -114,33 +125,31 @@ class EagerPasses:
         for work in self.works:
             if not (work.owned and work.switches.needs_norms):
                 continue
-            local = self._local_stats(work)
-            for view in self._tiles(work):
-                u = view.direction()[0]
-                if work.switches.orthograd:
-                    # fp64: the part of u orthogonal to w comes from a difference of these sums.
-                    u, w = u.double(), view.point().double()
-                    local[:, Stat.WW] += _sum(w * w)
-                    local[:, Stat.WU] += _sum(w * u)
-                # Many elements of ADOPT's and FOCUS's u are alike: one rounding of their norm would move all of them.
-                u = u.double() if work.switches.adopt or work.switches.focus else u
-                local[:, Stat.UU] += _sum_squares(u.mul_(u))
-            self._buffers.stats.index_add_(0, work.slot_index, local)
+            with self._sums(work, self._buffers.stats) as of_work:
+                for view in self._tiles(work):
+                    u = view.direction()[0]
+                    if work.switches.orthograd:
+                        # fp64: the part of u orthogonal to w comes from a difference of these sums.
+                        u, w = u.double(), view.point().double()
+                        of_work[Stat.WW].add_(_sum(w * w))
+                        of_work[Stat.WU].add_(_sum(w * u))
+                    # Many elements of ADOPT's and FOCUS's u are alike: a rounding of their norm would move all of them.
+                    u = u.double() if work.switches.adopt or work.switches.focus else u
+                    of_work[Stat.UU].add_(_sum_positive(u.mul_(u)))
 
     def count_masks(self) -> None:
         assert self._buffers.masks is not None
         for work in self.works:
             if not (work.owned and work.switches.counts_mask_late):
                 continue
-            local = self._local_stats(work)
-            of_work = Scales(*_columns(self._buffers.scales, work))
-            for view in self._tiles(work):
-                y = view.weights()
-                u = view.finished(view.direction()[0], of_work, y)
-                mask = view.masked_step(u, y, view.load_state("z"))[1]
-                assert mask is not None
-                local[:, Stat.LATE_MASK] += _sum(mask)
-            self._buffers.masks.index_add_(0, work.slot_index, local)
+            scales = Scales(*_columns(self._buffers.scales, work))
+            with self._sums(work, self._buffers.masks) as of_work:
+                for view in self._tiles(work):
+                    y = view.weights()
+                    u = view.finished(view.direction()[0], scales, y)
+                    mask = view.masked_step(u, y, view.load_state("z"))[1]
+                    assert mask is not None
+                    of_work[Stat.LATE_MASK].add_(_sum(mask))
 
     def pass_3(self, known: KnownGates | None, writes: Writes) -> None:
         for work in self.works:
@@ -149,9 +158,9 @@ class EagerPasses:
                 continue
             of_work = Scales(*_columns(self._buffers.scales, work))
             c, of_axes = self._coefficients(work), self._of_axes(work)
-            for tile in work.tiles:
-                view = partial(TileView, self._workspace, work, tile, c, of_axes)
-                writes.put(partial(self._stepped, view, of_work, moment_gate, weight_gate))
+            for view in self._views_of(work):
+                enter = partial(view.enter, c, of_axes)
+                writes.put(partial(self._stepped, enter, of_work, moment_gate, weight_gate))
 
     def write_moments(self, writes: Writes) -> None:
         buffers = self._buffers
@@ -159,13 +168,13 @@ class EagerPasses:
 
     def _stepped(
         self,
-        make_view: Callable[[], TileView],
+        enter: Callable[[], TileView],
         scales: Scales,
         moment_gate: Tensor | bool,
         weight_gate: Tensor | bool,
     ) -> Iterator[Write]:
         """What a tile holds after the step."""
-        view = make_view()
+        view = enter()
         u, moment, momentum = view.direction()
         if moment is not None:
             yield _gated(view.state("exp_avg_sq"), moment, moment_gate)
@@ -229,38 +238,40 @@ class EagerPasses:
         bits.bitwise_xor_(self._buffers.keys[work.slot_index].view(-1, *ones))
         return rounding.mix_(bits, self._workspace.take("shifted", view.g, view.shape, torch.int32))
 
-    def _check_finite(self, work: Work) -> None:
-        """A replica's part in the sums: 0, unless its gradient is not finite."""
-        local = self._local_stats(work)
-        for view in self._tiles(work, factored=False):
-            square = torch.mul(view.g, view.g, out=self._workspace.take("u", view.g, view.shape))
-            local[:, Stat.LARGEST_SQUARE] += _largest(square) * 0
-        self._buffers.stats.index_add_(0, work.slot_index, local)
-
-    def _sample_sums(self, view: TileView, local: Tensor) -> None:
+    def _sample_sums(self, view: TileView, of_work: Sequence[Tensor]) -> None:
         """Prodigy's and SPEED's sums over the samples."""
         work = view.work
         gradient = view.tile.sampled(view.g)
         p0 = view.samples("p0")
         stored = (work.states["z"] if work.switches.schedulefree else view.weight_pieces)[0].dtype
         difference = step_size.displacement(p0, view.tile.sampled(view.point()), stored)
-        local[:, Stat.DOT] += _sum(gradient * difference)
+        of_work[Stat.DOT].add_(_sum(gradient * difference))
         if work.switches.speed:
-            local[:, Stat.DELTA_L1] += _sum(difference.abs())
-            local[:, Stat.DELTA_SQUARE] += _sum(difference * difference)
+            of_work[Stat.DELTA_L1].add_(_sum(difference.abs()))
+            of_work[Stat.DELTA_SQUARE].add_(_sum(difference * difference))
         else:
             s = view.gradient_sum(view.samples("s"), gradient)
-            local[:, Stat.S_L1] += _sum(s.float().abs_())
+            of_work[Stat.S_L1].add_(_sum_positive(s.float().abs_()))
 
     def _tiles(self, work: Work, *, factored: bool = True) -> Iterator[TileView]:
         c = self._coefficients(work)
         of_axes = self._of_axes(work) if factored else None
-        for tile in work.tiles:
-            yield TileView(self._workspace, work, tile, c, of_axes)
+        for view in self._views_of(work):
+            yield view.enter(c, of_axes)
 
-    def _local_stats(self, work: Work) -> Tensor:
-        stats = self._buffers.stats
-        return torch.zeros(len(work.slots), stats.shape[1], dtype=stats.dtype, device=stats.device)
+    def _views_of(self, work: Work) -> list[TileView]:
+        """Its tiles in this step."""
+        known = self._views.get(id(work))
+        if known is None:
+            known = self._views[id(work)] = [TileView(self._workspace, work, tile) for tile in work.tiles]
+        return known
+
+    @contextmanager
+    def _sums(self, work: Work, table: Tensor) -> Iterator[Sequence[Tensor]]:
+        """Sums of the pieces of a work, by ``Stat``, which are added to a table of all parameters at the end."""
+        sums = torch.zeros(table.shape[1], len(work.slots), dtype=table.dtype, device=table.device)
+        yield sums.unbind()
+        table.index_add_(0, work.slot_index, sums.t())
 
     def _coefficients(self, work: Work) -> SimpleNamespace:
         c = self._buffers.coefficients
@@ -307,15 +318,15 @@ def _sum(tile: Tensor) -> Tensor:
 
 def _largest(squares: Tensor) -> Tensor:
     """Largest of each piece, NaN if one is: unlike their sum it is finite exactly if all of them are."""
-    return squares.reshape(len(squares), -1).amax(1).double()
+    return squares.reshape(len(squares), -1).amax(1)
 
 
-def _sum_squares(squares: Tensor) -> Tensor:
-    """Sum over each piece of a tile of squares, in their dtype: nothing cancels, and torch sums in blocks.
+def _sum_positive(tile: Tensor) -> Tensor:
+    """Sum over each piece of what is not negative, in its dtype: nothing cancels, and torch sums in blocks.
 
     ``torch.dot`` does not: over half a million elements it is off by 1e-5 in fp32.
     """
-    return squares.reshape(len(squares), -1).sum(1).double()
+    return tile.reshape(len(tile), -1).sum(1)
 
 
 def _gated(targets: Sequence[Tensor], values: Tensor, gate: Tensor | bool) -> Write:

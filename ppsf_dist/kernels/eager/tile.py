@@ -1,4 +1,4 @@
-"""One tile in one pass: its tensors, and what the formulas make of them."""
+"""One tile in one step: its tensors, and what the formulas make of them in each pass."""
 
 from __future__ import annotations
 
@@ -14,31 +14,40 @@ from ppsf_dist.kernels.interface import Scales
 
 
 class TileView:
-    """One tile of one work in one pass: its tensors, and what the formulas make of them."""
+    """One tile of one work in one step: its tensors, and what the formulas make of them in each pass."""
 
-    def __init__(
-        self,
-        workspace: Workspace,
-        work: Work,
-        tile: Tile,
-        c: SimpleNamespace,
-        factors: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        self.workspace, self.work, self.tile, self.c = workspace, work, tile, c
+    g: Tensor
+    c: SimpleNamespace
+    factors: tuple[Tensor, Tensor] | None
+
+    def __init__(self, workspace: Workspace, work: Work, tile: Tile) -> None:
+        self.workspace, self.work, self.tile = workspace, work, tile
         self.shape = (len(work.slots), *tile.size)
-        self._loaded: dict[str, Tensor] = {}
         self.weight_pieces = tile.cut(work.weights)
-        if any(g is not None for g in work.gradients):
-            self.g = workspace.load("g", tile.cut_some(work.gradients), tile.size)
+        self._gradients = tile.cut_some(work.gradients)
+        self._states: dict[str, list[Tensor]] = {}
+        self._loaded: dict[str, Tensor] = {}
+
+    def enter(self, c: SimpleNamespace, factors: tuple[Tensor, Tensor] | None) -> TileView:
+        """Begin a pass: other tiles have used the workspace since the one before."""
+        workspace, tile = self.workspace, self.tile
+        self.c = c
+        self._loaded = {}
+        if any(g is not None for g in self._gradients):
+            self.g = workspace.load("g", self._gradients, tile.size)
         else:
             self.g = workspace.take("g", self.weight_pieces[0], self.shape).zero_()
-        if work.switches.coupled_decay:
+        if self.work.switches.coupled_decay:
             decay = torch.mul(self.weights(), c.weight_decay, out=workspace.take("decay", self.g, self.shape))
             self.g = decay.add_(self.g)
         self.factors = None if factors is None else (tile.cut_axes(factors[0]), tile.cut_axes(factors[1]))
+        return self
 
     def state(self, name: str) -> list[Tensor]:
-        return self.tile.cut(self.work.states[name])
+        known = self._states.get(name)
+        if known is None:
+            known = self._states[name] = self.tile.cut(self.work.states[name])
+        return known
 
     def load_state(self, name: str) -> Tensor:
         return self._load(name, self.state(name))
@@ -71,8 +80,12 @@ class TileView:
         return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
 
     def sample_pieces(self, name: str) -> list[Tensor]:
-        vectors = self.work.states[name]
-        return vectors if self.tile.full else [vector[self.tile.samples] for vector in vectors]
+        known = self._states.get(name)
+        if known is None:
+            vectors = self.work.states[name]
+            known = vectors if self.tile.full else [vector[self.tile.samples] for vector in vectors]
+            self._states[name] = known
+        return known
 
     def gradient_sum(self, s: Tensor, gradient: Tensor) -> Tensor:
         """Prodigy's s after this step, from the sampled gradient ``(pieces, m)``."""
