@@ -64,6 +64,11 @@ def cuts(draw: st.DrawFn) -> Cut:
         shape = (draw(st.integers(1, 300)), draw(st.sampled_from((8, 16, 32, 64))))
     if axes == 4 and draw(st.booleans()):
         shape = (draw(st.integers(32, 40)), *shape[1:])
+        if draw(st.booleans()):
+            # Kernels whose lines are longer than a block.
+            kernel = draw(st.sampled_from(((3, 3), (5, 5), (7, 7), (2, 9))))
+            longest = 1600 // (kernel[0] * kernel[1])
+            shape = (shape[0], draw(st.integers(longest // 2, longest)), *kernel)
     kind = draw(st.sampled_from(("everything", "box", "range")))
     numel = torch.Size(shape).numel()
     if kind == "range" and axes:
@@ -162,6 +167,14 @@ def test_every_claim_equals_the_eager_kernels(name: str, dtype: torch.dtype) -> 
         compare(side, native_kernels(), exactly=not CLAIMED[name].atan2)
 
     run()
+
+
+@pytest.mark.parametrize("shape", [(170, 160, 3, 3), (70, 160, 5, 5), (512, 20, 4, 4), (130, 1100)], ids=str)
+@pytest.mark.parametrize("name", ["default", "speed", "momentum"])
+def test_parameters_of_several_tasks(name: str, shape: tuple[int, ...]) -> None:
+    """Sums along lines are added up in two stages; the last lines of a task are not four."""
+    some = [Cut.everything(shape), Cut.box(shape, (3, *[0] * (len(shape) - 1)), (101 % shape[0], *shape[1:]))]
+    compare(make(some, CLAIMED[name], torch.float32, seed=0), native_kernels(), exactly=True)
 
 
 @pytest.mark.parametrize("name", ["default", "cautious", "Prodigy default"])

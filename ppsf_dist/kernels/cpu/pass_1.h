@@ -93,6 +93,54 @@ void matrix_sums(const Plan& plan, const Piece& piece, const T* g, int64_t first
     }
 }
 
+// Of four lines of a convolution at once: sums of some of their periods side by side, and along them. Lines that are not
+// there are zeros that begin anew with each of those.
+template <class T>
+APART void periodic_line_sums(const T* const* lines, const bool* here, int64_t n, int64_t width, float* sums, float* along) {
+    float *s0 = sums, *s1 = s0 + width, *s2 = s1 + width, *s3 = s2 + width;
+    for (int64_t begin = 0; begin < n; begin += width, along += width) {
+        const int64_t count = n - begin < width ? n - begin : width;
+        const T *g0 = lines[0] + begin, *g1 = lines[1] + here[1] * begin, *g2 = lines[2] + here[2] * begin,
+                *g3 = lines[3] + here[3] * begin;
+#pragma omp simd
+        for (int64_t i = 0; i < count; i++) {
+            float x0 = load(g0[i]), x1 = load(g1[i]), x2 = load(g2[i]), x3 = load(g3[i]);
+            x0 *= x0, x1 *= x1, x2 *= x2, x3 *= x3;
+            s0[i] += x0, s1[i] += x1, s2[i] += x2, s3[i] += x3;
+            along[i] += (x0 + x1) + (x2 + x3);
+        }
+    }
+}
+
+// Some lines of a convolution, four at once and far from each other, as of a matrix.
+template <class T>
+void periodic_sums(const Plan& plan, const Piece& piece, const T* g, int64_t first, int64_t last, float* along, double* result) {
+    const Periodic of(piece);
+    const int64_t inner = of.inner, width = 16 * inner, count = last - first, apart = (count + 3) / 4;
+    alignas(64) float sums[4 * BLOCK];
+    for (int64_t l = 0; l < apart; l++) {
+        const T* lines[4];
+        bool here[4];
+        for (int64_t part = 0; part < 4; part++) {
+            here[part] = part * apart + l < count;
+            lines[part] = here[part] ? g + (part * apart + l) * piece.n : reinterpret_cast<const T*>(ZEROS);
+        }
+        memset(sums, 0, sizeof(float) * 4 * width);
+        periodic_line_sums(lines, here, piece.n, width, sums, along);
+        for (int64_t part = 0; part < 4; part++) {
+            if (!here[part]) continue;
+            float *few = sums + part * width, *to = plan.sums + of.first + (first + part * apart + l) * of.stride;
+            for (int64_t i = inner; i < width; i += inner) {
+                const float* more = few + i;
+                for (int64_t k = 0; k < inner; k++) few[k] += more[k];
+            }
+            for (int64_t k = 0; k < inner; k++) to[k] += few[k];
+            result[GG] += ordered_sum(few, inner);
+            keep_largest(result + LARGEST_SQUARE, largest(few, inner));
+        }
+    }
+}
+
 // Of elements that belong to no row and no column.
 template <class T>
 APART void square_sums(const T* g, int64_t n, double* result) {
@@ -111,24 +159,9 @@ APART void square_sums(const T* g, int64_t n, double* result) {
 
 // Adds numbers that come along a line, from its element `begin` on, where they belong.
 APART void add_along(double* to, const Run& run, int64_t begin, const float* x, int64_t n) {
-    constexpr int64_t PERIODS = 8, LONGEST = 64;
-    const int64_t inner = run.inner;
     if (run.is_contiguous()) {
         to += begin;
         for (int64_t j = 0; j < n; j++) to[j] += double(x[j]);
-    } else if (run.is_periodic() && inner <= LONGEST) {
-        // Some periods side by side, so that vectors are full.
-        double sums[PERIODS * LONGEST] = {};
-        const int64_t width = PERIODS * inner;
-        for (int64_t first = 0; first < n; first += width) {
-            const int64_t count = n - first < width ? n - first : width;
-            for (int64_t i = 0; i < count; i++) sums[i] += double(x[first + i]);
-        }
-        int64_t place = begin % inner;
-        for (int64_t i = 0; i < width; i++) {
-            to[place] += sums[i];
-            if (++place == inner) place = 0;
-        }
     } else {
         run.each_part(begin, n, [&](int64_t at, int64_t count, int64_t place) {
             if (run.step)
@@ -183,13 +216,14 @@ void pass_1(const Plan& plan, const Task& task, double* result) {
     const Numbers c = numbers_of(plan, piece.slot);
     const Memory<T> memory = memory_of<T>(plan, piece);
     const bool early = (flags & CAUTIOUS) && !(flags & SCHEDULEFREE);
-    const bool fast = (flags & FACTORED) && (flags & MATRIX) && !(flags & COUPLED_DECAY) && (flags & OWNED);
+    const bool fast = is_summed_by_lines(piece);
+    const Periodic periodic(piece);
     alignas(64) float m[BLOCK];
     Block b;
     Floats floats;
     float* along = nullptr;
     if (fast) {
-        along = plan.sums + (piece.row_step ? piece.row : piece.col);
+        along = plan.sums + place_along(piece);
         if (task.partial >= 0) {
             along = plan.partial + task.partial;
             memset(along, 0, sizeof(float) * piece.n);
@@ -203,8 +237,10 @@ void pass_1(const Plan& plan, const Task& task, double* result) {
     Task part = task;
     for (part.first_line = task.first_line; part.first_line < task.last_line; part.first_line = part.last_line) {
         part.last_line = task.last_line - part.first_line < some ? task.last_line : part.first_line + some;
-        if (fast && memory.g)
-            matrix_sums(plan, piece, memory.g + part.first_line * piece.n, part.first_line, part.last_line, along, result);
+        if (fast && memory.g) {
+            const auto sums = periodic.is ? periodic_sums<T> : matrix_sums<T>;
+            sums(plan, piece, memory.g + part.first_line * piece.n, part.first_line, part.last_line, along, result);
+        }
         if (fast && !early && !(flags & STATISTICS)) continue;
         const bool flat = (flags & FLAT) && (flags & STATISTICS) && (flags & OWNED);
         Blocks blocks(plan, part, false);

@@ -48,6 +48,27 @@ double common_norms_of(const T* g, int64_t lines, const float* across, int64_t s
     return total;
 }
 
+// Of four lines of a convolution, as of a matrix; `period` holds some periods of the values of each.
+template <class T>
+__attribute__((noinline)) double periodic_norms(const T* g, int64_t n, int64_t apart, const float* period, int64_t width,
+                                                const float* along, float eps) {
+    const T *g0 = g, *g1 = g0 + apart * n, *g2 = g1 + apart * n, *g3 = g2 + apart * n;
+    const float *p0 = period, *p1 = p0 + BLOCK, *p2 = p1 + BLOCK, *p3 = p2 + BLOCK;
+    double total = 0;
+    for (int64_t begin = 0; begin < n; begin += width, g0 += width, g1 += width, g2 += width, g3 += width, along += width) {
+        const int64_t count = n - begin < width ? n - begin : width;
+        float sum0 = 0, sum1 = 0;
+#pragma omp simd reduction(+ : sum0, sum1)
+        for (int64_t j = 0; j < count; j++) {
+            const float u0 = load(g0[j]) / (p0[j] * along[j] + eps), u1 = load(g1[j]) / (p1[j] * along[j] + eps);
+            const float u2 = load(g2[j]) / (p2[j] * along[j] + eps), u3 = load(g3[j]) / (p3[j] * along[j] + eps);
+            sum0 += u0 * u0 + u1 * u1, sum1 += u2 * u2 + u3 * u3;
+        }
+        total += double(sum0) + double(sum1);
+    }
+    return total;
+}
+
 template <class T>
 void pass_2(const Plan& plan, const Task& task, double* result) {
     const Piece& piece = plan.pieces[task.piece];
@@ -74,6 +95,22 @@ void pass_2(const Plan& plan, const Task& task, double* result) {
                 result[UU] += common_norms(g + l * piece.n, piece.n, apart, across + l * stride, stride, along, eps);
             rest.first_line += 4 * apart;
         }
+    }
+    const Periodic periodic(piece);
+    if (common && periodic.is && memory.g && piece.n >= SHORT && task.begin == 0 && task.end == piece.n) {
+        const int64_t apart = (task.last_line - task.first_line) / 4, width = periodic.width(BLOCK);
+        const Run run = {1, 0, periodic.inner};
+        alignas(64) float period[4 * BLOCK];
+        for (int64_t l = 0; l < apart; l++) {
+            const int64_t line = task.first_line + l;
+            for (int64_t part = 0; part < 4; part++) {
+                const float* values = plan.factors + periodic.first + (line + part * apart) * periodic.stride;
+                spread(values, run, 0, piece.n < width ? piece.n : width, period + part * BLOCK);
+            }
+            result[UU] += periodic_norms(memory.g + line * piece.n, piece.n, apart, period, width,
+                                         plan.factors + periodic.along, c.of[D_EPS]);
+        }
+        rest.first_line += 4 * apart;
     }
     const Loops<T> loops = loops_of<T, false>(piece.flags);
     Blocks blocks(plan, rest, piece.flags & FACTORED);

@@ -33,8 +33,8 @@ void add_partial(const Plan& plan, int64_t first, int64_t last) {
         const Piece& piece = plan.pieces[task.piece];
         int64_t end = t + 1;
         while (end < last && plan.tasks[end].piece == task.piece) end++;
-        if (task.partial >= 0 && (piece.flags & MATRIX)) {
-            float* along = plan.sums + (piece.row_step ? piece.row : piece.col);
+        if (task.partial >= 0 && is_summed_by_lines(piece)) {
+            float* along = plan.sums + place_along(piece);
             for (int64_t begin = 0; begin < piece.n; begin += SOME) {
                 const int64_t n = piece.n - begin < SOME ? piece.n - begin : SOME;
                 for (int64_t j = 0; j < n; j++) total[j] = along[begin + j];
@@ -75,9 +75,9 @@ EXPORTED int64_t ppsf_cut(const Piece* pieces, int64_t count, Task* tasks, int64
     for (int64_t p = 0; p < count; p++) {
         const Piece& piece = pieces[p];
         const bool sums = (piece.flags & FACTORED) && (piece.flags & OWNED);
-        const bool matrix = sums && (piece.flags & MATRIX) && !(piece.flags & COUPLED_DECAY);
+        const bool by_lines = is_summed_by_lines(piece);
         int64_t lines = (ELEMENTS + piece.n - 1) / piece.n, step = piece.n;
-        if (matrix) {
+        if (by_lines) {
             // Room for the sums along its lines, for each task.
             const int64_t most = OF_PIECE / piece.n > 0 ? OF_PIECE / piece.n : 1;
             const int64_t least = (piece.lines + most - 1) / most;
@@ -88,8 +88,8 @@ EXPORTED int64_t ppsf_cut(const Piece* pieces, int64_t count, Task* tasks, int64
             step = ELEMENTS;
         }
         int64_t parts = (piece.lines + lines - 1) / lines, wants = 0;
-        if (sums && !matrix) wants = 2 * (piece.row_count + piece.col_count);
-        else if (matrix && parts > 1) wants = piece.n;
+        if (sums && !by_lines) wants = 2 * (piece.row_count + piece.col_count);
+        else if (by_lines && parts > 1) wants = piece.n;
         if (p && (piece.round != pieces[p - 1].round || partial + wants * parts > OF_BATCH)) batch++, partial = 0;
         int64_t sample = piece.first_sample;
         for (int64_t first = 0; first < piece.lines; first += lines) {

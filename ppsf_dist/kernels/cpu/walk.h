@@ -109,6 +109,40 @@ struct Factors {
 
 inline bool is_matrix(const Piece& piece) { return (piece.flags & MATRIX) && piece.axes == 1; }
 
+// The kernels of a convolution as lines: of R and C one has a value for each element of every line, and the other the same
+// few again and again along a line, which no two lines share.
+struct Periodic {
+    bool rows, is;            // whether it is R that repeats; whether one does
+    int64_t inner, stride;    // how many values it has for a line, and from those of a line to those of the next
+    int64_t first, along;     // where in Plan::sums and Plan::factors both begin
+
+    Periodic(const Piece& piece) {
+        constexpr int64_t LONGEST = 64;
+        const Run of_row = run_of(piece, piece.row_step, piece.row_jump), of_col = run_of(piece, piece.col_step, piece.col_jump);
+        rows = of_row.is_periodic();
+        const bool repeats = rows ? of_col.is_contiguous() : of_col.is_periodic() && of_row.is_contiguous();
+        inner = piece.inner, stride = rows ? piece.row_stride[0] : piece.col_stride[0];
+        const bool apart = !piece.axes || (stride >= inner && !(rows ? piece.col_stride[0] : piece.row_stride[0]));
+        is = repeats && inner <= LONGEST && piece.axes <= 1 && apart && !(piece.flags & MATRIX);
+        first = rows ? piece.row : piece.col, along = rows ? piece.col : piece.row;
+    }
+
+    // As many elements as are whole periods and whole vectors, up to a block.
+    int64_t width(int64_t most) const { return most / (16 * inner) * (16 * inner); }
+};
+
+// Where the sums along the lines of a matrix or a convolution are in Plan::sums.
+inline int64_t place_along(const Piece& piece) {
+    const Periodic of(piece);
+    return of.is ? of.along : piece.row_step ? piece.row : piece.col;
+}
+
+// Whether the sums of squares of some lines need no more memory than those along one of them.
+inline bool is_summed_by_lines(const Piece& piece) {
+    constexpr int64_t all = FACTORED | OWNED;
+    return (piece.flags & (all | COUPLED_DECAY)) == all && ((piece.flags & MATRIX) || Periodic(piece).is);
+}
+
 // The blocks of a task, in order.
 struct Blocks {
     const Plan& plan;
@@ -116,12 +150,14 @@ struct Blocks {
     const Piece& piece;
     const bool divides;  // whether the root of the second moment is wanted
     const Factors factors;
+    const Periodic periodic;
     int64_t line, begin, sample, index;
     uint32_t phase;
-    alignas(64) float root[BLOCK];
+    int64_t line_of_period = -1;
+    alignas(64) float root[BLOCK], period[BLOCK];
 
     Blocks(const Plan& plan, const Task& task, bool divides)
-        : plan(plan), task(task), piece(plan.pieces[task.piece]), divides(divides), factors(plan, piece),
+        : plan(plan), task(task), piece(plan.pieces[task.piece]), divides(divides), factors(plan, piece), periodic(piece),
           line(task.first_line), begin(task.begin), sample(task.sample), index(-1) {}
 
     bool next(Block& b);
@@ -133,6 +169,10 @@ void outer_product(const float* across, int64_t stride, const float* along, int6
     n = N ? N : n;
     for (int64_t l = 0; l < lines; l++, root += n)
         for (int64_t j = 0; j < n; j++) root[j] = across[l * stride] * along[j];
+}
+
+APART void products(const float* a, const float* b, int64_t n, float* to) {
+    for (int64_t j = 0; j < n; j++) to[j] = a[j] * b[j];
 }
 
 APART void expand_roots(const Plan& plan, const Piece& piece, int64_t first, int64_t count, float* root) {
@@ -162,8 +202,21 @@ __attribute__((noinline)) bool Blocks::next(Block& b) {
         b.n = count * piece.n, b.index = piece.index + b.at, b.across = 1.0f, b.along = root;
         line += count;
     } else {
-        b.n = task.end - begin < BLOCK ? task.end - begin : BLOCK;
-        if (is_matrix(piece)) {
+        const int64_t most = periodic.is ? BLOCK - BLOCK % periodic.inner : BLOCK;
+        b.n = task.end - begin < most ? task.end - begin : most;
+        if (periodic.is) {
+            b.index = piece.index + line * piece.index_stride[0] + begin;
+            if (divides) {
+                // The same for all blocks of a line, each of which begins where a period does, as the task does.
+                if (line != line_of_period) {
+                    const Run run = {1, 0, periodic.inner};
+                    spread(plan.factors + periodic.first + line * periodic.stride, run, task.begin, b.n, period);
+                    line_of_period = line;
+                }
+                products(period, plan.factors + periodic.along + begin, b.n, root);
+                b.across = 1.0f, b.along = root;
+            }
+        } else if (is_matrix(piece)) {
             b.index = piece.index + line * piece.index_stride[0] + begin;
             if (divides) b.across = factors.across[line * factors.stride], b.along = factors.along + begin;
         } else {
