@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
+import hypothesis
 import pytest
 import pytest_timeout  # type: ignore[import-untyped]
 
@@ -17,6 +18,9 @@ from tests.rotation import left_out, may_be_quick, quick
 
 # Before torch is imported: with more threads the order of summation would depend on the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The same examples in every run.
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 # A test may work for so many times as long as it may do nothing.
 WORK_PER_IDLENESS = 4
 TESTS = Path(__file__).parent

@@ -165,7 +165,5 @@ TestBetweenSteps = BetweenSteps.TestCase
 TestBetweenSteps.settings = settings(
     max_examples=60,
     stateful_step_count=25,
-    deadline=None,
-    derandomize=True,
     suppress_health_check=list(HealthCheck),
 )

@@ -209,7 +209,7 @@ BOOLEANS = (
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(
     st.fixed_dictionaries({name: st.booleans() for name in BOOLEANS}),
     st.sampled_from([0.0, 0.05]),

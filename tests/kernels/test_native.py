@@ -157,8 +157,7 @@ def test_every_claim_equals_the_eager_kernels(name: str, dtype: torch.dtype) -> 
     The arc tangent is torch's to one unit in the last place, so that a rounding may fall on the other side.
     """
 
-    @settings(max_examples=20, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
-              suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
+    @settings(max_examples=20, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])
     @given(some=st.lists(cuts(), min_size=1, max_size=5), seed=st.integers(0, 1000), data=st.data())
     def run(some: list[Cut], seed: int, data: st.DataObject) -> None:
         subset = st.sets(st.integers(0, len(some) - 1))

@@ -170,12 +170,12 @@ class Part:
             stats[:, column] = torch.tensor(data.draw(values))
         stats[:, Stat.DOT] -= 1.0
         stats[:, Stat.PRESENT] = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=count, max_size=count)))
-        # What no rank has a gradient of adds nothing.
-        stats[stats[:, Stat.PRESENT] == 0, Stat.GG] = 0.0
         self.reductions.sums.fill_(data.draw(st.sampled_from((1.0, 1.0, 1.0, math.inf))))
         where = data.draw(st.sampled_from((None, None, None, Stat.LARGEST_SQUARE, Stat.DOT, Stat.UU, Stat.GG)))
         if where is not None:
             stats[-1, where] = data.draw(st.sampled_from((math.nan, math.inf)))
+        # What no rank has a gradient of adds nothing.
+        stats[stats[:, Stat.PRESENT] == 0, Stat.GG] = 0.0
         outcome = data.draw(st.sampled_from((None, None, None, *Outcome)))
         if outcome is not None:
             self.reductions.last.outcome[outcome] = 1.0

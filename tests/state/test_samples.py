@@ -18,7 +18,7 @@ def shard_of(local: torch.Tensor, shape: tuple[int, ...], boxes: tuple[Box, ...]
     return Shard(nn.Parameter(local), shape, boxes)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(shapes, st.sampled_from([1, 2, 8, 11]), st.data())
 def test_slices_of_the_flattened_parameter_have_its_samples(
     shape: tuple[int, ...], slice_p: int, data: st.DataObject
@@ -34,7 +34,7 @@ def test_slices_of_the_flattened_parameter_have_its_samples(
     assert torch.equal(torch.cat(parts), full[::slice_p])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(shapes, st.sampled_from([1, 2, 8, 11]), st.data())
 def test_columns_have_the_samples_that_lie_in_them(shape: tuple[int, ...], slice_p: int, data: st.DataObject) -> None:
     full = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)

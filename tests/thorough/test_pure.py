@@ -28,9 +28,7 @@ SHAPES: st.SearchStrategy[Shape] = st.lists(st.integers(1, 34), min_size=1, max_
 
 def try_all(check: Callable[..., None], cases: int, **strategies: st.SearchStrategy[Any]) -> None:
     """The same cases in every run."""
-    options = settings(
-        max_examples=cases, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
-    )
+    options = settings(max_examples=cases, suppress_health_check=list(HealthCheck))
     options(given(**strategies)(check))()
 
 
