@@ -112,11 +112,23 @@ APART void periodic_line_sums(const T* const* lines, const bool* here, int64_t n
     }
 }
 
+// The sums of the periods of a line, of which `few` has 16 side by side.
+APART void add_periods(const Plan& plan, const Periodic& of, int64_t line, float* few, double* result) {
+    for (int64_t i = 1; i < 16; i++) {
+        const float* more = few + i * of.inner;
+        for (int64_t k = 0; k < of.inner; k++) few[k] += more[k];
+    }
+    float* to = plan.sums + of.first + line * of.stride;
+    for (int64_t k = 0; k < of.inner; k++) to[k] += few[k];
+    result[GG] += ordered_sum(few, of.inner);
+    keep_largest(result + LARGEST_SQUARE, largest(few, of.inner));
+}
+
 // Some lines of a convolution, four at once and far from each other, as of a matrix.
 template <class T>
 void periodic_sums(const Plan& plan, const Piece& piece, const T* g, int64_t first, int64_t last, float* along, double* result) {
     const Periodic of(piece);
-    const int64_t inner = of.inner, width = 16 * inner, count = last - first, apart = (count + 3) / 4;
+    const int64_t width = 16 * of.inner, count = last - first, apart = (count + 3) / 4;
     alignas(64) float sums[4 * BLOCK];
     for (int64_t l = 0; l < apart; l++) {
         const T* lines[4];
@@ -127,17 +139,8 @@ void periodic_sums(const Plan& plan, const Piece& piece, const T* g, int64_t fir
         }
         memset(sums, 0, sizeof(float) * 4 * width);
         periodic_line_sums(lines, here, piece.n, width, sums, along);
-        for (int64_t part = 0; part < 4; part++) {
-            if (!here[part]) continue;
-            float *few = sums + part * width, *to = plan.sums + of.first + (first + part * apart + l) * of.stride;
-            for (int64_t i = inner; i < width; i += inner) {
-                const float* more = few + i;
-                for (int64_t k = 0; k < inner; k++) few[k] += more[k];
-            }
-            for (int64_t k = 0; k < inner; k++) to[k] += few[k];
-            result[GG] += ordered_sum(few, inner);
-            keep_largest(result + LARGEST_SQUARE, largest(few, inner));
-        }
+        for (int64_t part = 0; part < 4; part++)
+            if (here[part]) add_periods(plan, of, first + part * apart + l, sums + part * width, result);
     }
 }
 

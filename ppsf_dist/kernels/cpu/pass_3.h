@@ -29,8 +29,8 @@ void store_block(const Numbers& c, const Block& b, const float* new_y, const flo
     }
 }
 
-// The default step of short lines of a matrix, each with its own `across`.
-template <int64_t N, bool FROM_Y>
+// The default step of short lines of a matrix, each with its own `across`, where y moves towards z by less than half.
+template <int64_t N>
 void common_lines(const Common<Default>& step, const float* across, int64_t stride, const float* along,
                   int64_t lines, const float* g, float* y, float* z) {
     const float eps = step.eps, q = step.q, advance = step.advance, weight = step.weight;
@@ -39,7 +39,7 @@ void common_lines(const Common<Default>& step, const float* across, int64_t stri
 #pragma omp simd
         for (int64_t j = 0; j < N; j++) {
             const float v = g[j] / (root * along[j] + eps) * advance, old_y = y[j], old_z = z[j];
-            y[j] = fused(-v, q, fused(weight, old_z - old_y, FROM_Y ? old_y : old_z));
+            y[j] = fused(-v, q, fused(weight, old_z - old_y, old_y));
             z[j] = old_z - v;
         }
     }
@@ -48,19 +48,14 @@ void common_lines(const Common<Default>& step, const float* across, int64_t stri
 template <class T>
 using Lines = void (*)(const Common<Default>&, const float*, int64_t, const float*, int64_t, const T*, T*, T*);
 
-template <bool FROM_Y>
-Lines<float> common_lines_of(int64_t n) {
-    if (n == 8) return common_lines<8, FROM_Y>;
-    if (n == 16) return common_lines<16, FROM_Y>;
-    if (n == 32) return common_lines<32, FROM_Y>;
-    return n == 64 ? common_lines<64, FROM_Y> : nullptr;
+inline Lines<float> common_lines_of(const float*, int64_t n) {
+    if (n == 8) return common_lines<8>;
+    if (n == 16) return common_lines<16>;
+    if (n == 32) return common_lines<32>;
+    return n == 64 ? common_lines<64> : nullptr;
 }
 
-inline Lines<float> common_lines_of(const float*, int64_t n, bool from_y) {
-    return from_y ? common_lines_of<true>(n) : common_lines_of<false>(n);
-}
-
-inline Lines<bf16> common_lines_of(const bf16*, int64_t, bool) { return nullptr; }
+inline Lines<bf16> common_lines_of(const bf16*, int64_t) { return nullptr; }
 
 template <class T, bool ROUNDS>
 void pass_3(const Plan& plan, const Task& task, double*) {
@@ -79,8 +74,8 @@ void pass_3(const Plan& plan, const Task& task, double*) {
         else update_s(piece, c, of_g, samples, static_cast<float*>(memory.s) + first_sample);
     };
     const bool matrix = (flags & (COMMON | UNCOMMON | DECAYS)) == COMMON && loops.step && writes && (flags & FLAT) &&
-        is_matrix(piece);
-    const auto of_lines = matrix ? common_lines_of(memory.y, piece.n, c.of[AVERAGE] < 0.5f) : nullptr;
+        is_matrix(piece) && c.of[AVERAGE] < 0.5f;
+    const auto of_lines = matrix ? common_lines_of(memory.y, piece.n) : nullptr;
     Floats floats;
     Direction d;
     Block b;

@@ -132,13 +132,13 @@ struct Periodic {
 };
 
 // Where the sums along the lines of a matrix or a convolution are in Plan::sums.
-inline int64_t place_along(const Piece& piece) {
+APART int64_t place_along(const Piece& piece) {
     const Periodic of(piece);
     return of.is ? of.along : piece.row_step ? piece.row : piece.col;
 }
 
 // Whether the sums of squares of some lines need no more memory than those along one of them.
-inline bool is_summed_by_lines(const Piece& piece) {
+APART bool is_summed_by_lines(const Piece& piece) {
     constexpr int64_t all = FACTORED | OWNED;
     return (piece.flags & (all | COUPLED_DECAY)) == all && ((piece.flags & MATRIX) || Periodic(piece).is);
 }
@@ -156,7 +156,7 @@ struct Blocks {
     int64_t line_of_period = -1;
     alignas(64) float root[BLOCK], period[BLOCK];
 
-    Blocks(const Plan& plan, const Task& task, bool divides)
+    __attribute__((noinline)) Blocks(const Plan& plan, const Task& task, bool divides)
         : plan(plan), task(task), piece(plan.pieces[task.piece]), divides(divides), factors(plan, piece), periodic(piece),
           line(task.first_line), begin(task.begin), sample(task.sample), index(-1) {}
 
