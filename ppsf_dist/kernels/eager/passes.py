@@ -156,11 +156,11 @@ class EagerPasses:
             moment_gate, weight_gate = (self._gate(known, which, work) for which in (0, 1))
             if moment_gate is False:
                 continue
-            of_work = Scales(*_columns(self._buffers.scales, work))
+            scales = Scales(*_columns(self._buffers.scales, work))
             c, of_axes = self._coefficients(work), self._of_axes(work)
             for view in self._views_of(work):
                 enter = partial(view.enter, c, of_axes)
-                writes.put(partial(self._stepped, enter, of_work, moment_gate, weight_gate))
+                writes.put(partial(self._stepped, enter, scales, moment_gate, weight_gate))
 
     def write_moments(self, writes: Writes) -> None:
         buffers = self._buffers
