@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppsf_dist.kernels.cpu.source import compiler, flags_for
+from ppsf_dist.kernels.cpu.source import LINK, compiler, flags_for
 
 WORD = 8
 SLICE_P = 11
@@ -36,7 +36,7 @@ def _library() -> Any:
     flags = flags_for(torch.backends.cpu.get_cpu_capability())
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "traffic.so"
-        subprocess.run([compiler(), *flags, "-fvisibility=default", str(source), "-o", str(made)], check=True)
+        subprocess.run([compiler(), *flags, *LINK, "-fvisibility=default", str(source), "-o", str(made)], check=True)
         library = ctypes.CDLL(str(made))
     for function in (library.traffic_of_step, library.loops_of_step):
         function.argtypes, function.restype = (ctypes.POINTER(_Tensor), ctypes.c_int64), ctypes.c_uint64

@@ -129,6 +129,23 @@ def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["cxx"]
 
 
+def test_both_sources_are_compiled_at_the_same_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A compiler that goes on once it has been called for both, and gives up after ten seconds."""
+    waits = tmp_path / "cxx"
+    waits.write_text(
+        f"""#!/bin/sh
+        case "$*" in *" -c "*) ;; *) for to; do :; done; : > "$to"; exit 0;; esac
+        : > {tmp_path}/called.$$
+        for _ in $(seq 100); do [ $(ls {tmp_path}/called.* | wc -l) -ge 2 ] && exit 0; sleep 0.1; done
+        echo it was called for one alone >&2; exit 1
+        """
+    )
+    waits.chmod(0o755)
+    monkeypatch.setenv("CXX", str(waits))
+    source.compile_into(tmp_path / "made" / "made.so", "DEFAULT")
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["made.so"]
+
+
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(source.Unavailable, match="cannot be compiled into .*file"):

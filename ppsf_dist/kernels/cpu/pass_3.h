@@ -109,29 +109,5 @@ void pass_3(const Plan& plan, const Task& task, double*) {
     if (samples) update();
 }
 
-// The samples of a task, or the first of them, as they lie in z.
-template <class T>
-bool pack(const Plan& plan, const Task& task, bool only_compares) {
-    constexpr int64_t A_FEW = 8;
-    const Memory<T> memory = memory_of<T>(plan, plan.pieces[task.piece]);
-    const int64_t slice_p = plan.pieces[task.piece].slice_p;
-    if (!memory.packed) return true;
-    Block b;
-    Blocks blocks(plan, task, false);
-    while (blocks.next(b)) {
-        const int64_t count = only_compares && b.count > A_FEW ? A_FEW : b.count;
-        T* packed = memory.packed + b.sample;
-        const T* z = memory.z + b.at + b.phase;
-        if (only_compares) {
-            for (int64_t m = 0; m < count; m++)
-                if (stored_bits(packed[m]) != stored_bits(z[m * slice_p])) return false;
-            if (count) return true;
-        } else {
-            for (int64_t m = 0; m < count; m++) packed[m] = z[m * slice_p];
-        }
-    }
-    return true;
-}
-
 }  // namespace
 }  // namespace ppsf

@@ -2,26 +2,17 @@
 // their own. Several threads may be in the same call; which of them does a task changes no bit.
 #include "moments.h"
 #include "numbers.h"
-#include "pass_1.h"
-#include "pass_2.h"
-#include "pass_3.h"
+#include "tasks.h"
 
 namespace ppsf {
 namespace {
 
-enum Pass { SUMS_OF_SQUARES = 1, NORMS = 2, WRITE = 3, MASKS = 4 };
-
 void run_task(const Plan& plan, int pass, int64_t number) {
     const Task& task = plan.tasks[number];
-    const int64_t flags = plan.pieces[task.piece].flags;
     double* result = plan.results + number * SUMS;
     for (int sum = 0; sum < SUMS && pass != WRITE; sum++) result[sum] = 0;
-    const bool half = flags & WEIGHTS_IN_BF16, rounds = flags & STOCHASTIC;
-    if (pass == SUMS_OF_SQUARES) return half ? pass_1<bf16>(plan, task, result) : pass_1<float>(plan, task, result);
-    if (pass == NORMS) return half ? pass_2<bf16>(plan, task, result) : pass_2<float>(plan, task, result);
-    if (pass == MASKS) return half ? count_masks<bf16>(plan, task, result) : count_masks<float>(plan, task, result);
-    if (!half) return pass_3<float, false>(plan, task, result);
-    return rounds ? pass_3<bf16, true>(plan, task, result) : pass_3<bf16, false>(plan, task, result);
+    const bool half = plan.pieces[task.piece].flags & WEIGHTS_IN_BF16;
+    half ? do_task<bf16>(plan, pass, task, result) : do_task<float>(plan, pass, task, result);
 }
 
 // Sums along the lines of the pieces of a batch, in the order of its tasks.

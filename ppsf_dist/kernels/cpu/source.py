@@ -9,25 +9,30 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
 BUILT = HERE / "built"
 """What a wheel brings."""
+COMPILED = ("passes.cpp", "bf16.cpp")
+"""Compiled at the same time, which is what first use waits for."""
 SOURCES = (
-    "passes.cpp", "pass_1.h", "pass_2.h", "pass_3.h", "common.h", "moments.h", "numbers.h", "walk.h", "block.h",
+    *COMPILED, "tasks.h", "pass_1.h", "pass_2.h", "pass_3.h", "common.h", "moments.h", "numbers.h", "walk.h", "block.h",
     "element.h", "plan.h",
 )  # fmt: skip
 COMPILE = (
     "-O1", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-std=c++17", "-fopenmp-simd", "-fno-math-errno",
     "-fno-trapping-math", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-fPIC",
-    "-shared", "-nodefaultlibs", "--param=vect-epilogues-nomask=0",
+    "--param=vect-epilogues-nomask=0",
 )  # fmt: skip
 """-O1, because vectors are what counts, and it compiles in two thirds of the time. What vectors leave over at the end
 of a loop is not made vectors again, which costs GCC a tenth and makes no step faster.
 
 No -ffast-math: a library linked with it turns denormal numbers off for the whole process. No contraction: every set of
 instructions, and torch, gives the same bits."""
+
+LINK = ("-shared", "-nodefaultlibs")
 
 INSTRUCTIONS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
@@ -52,7 +57,7 @@ def _is_x86() -> bool:
 
 def file_name(instructions: str) -> str:
     """What a library is called: for which machine it is, and from which source it was made."""
-    digest = hashlib.sha256(" ".join(flags_for(instructions)).encode())
+    digest = hashlib.sha256(" ".join((*flags_for(instructions), *LINK)).encode())
     for source in SOURCES:
         digest.update((HERE / source).read_bytes())
     return f"passes-{platform.machine()}-{instructions.lower()}-{digest.hexdigest()[:16]}.so"
@@ -82,17 +87,24 @@ def compile_into(path: Path, instructions: str) -> None:
     Raises:
         Unavailable: there is no compiler, it fails, or the folder cannot be written.
     """
-    command = [compiler(), *flags_for(instructions), str(HERE / SOURCES[0]), "-lc"]
+    cxx, flags = compiler(), flags_for(instructions)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix="compiling-") as folder:
-            made = Path(folder) / path.name
-            subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True, timeout=120)
+        # The threads end before the folder does.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="compiling-") as folder, ThreadPoolExecutor() as pool:
+            made, *objects = (str(Path(folder) / name) for name in (path.name, *(f"{source}.o" for source in COMPILED)))
+            commands = [[cxx, *flags, "-c", str(HERE / of), "-o", to] for of, to in zip(COMPILED, objects, strict=True)]
+            list(pool.map(_run, commands))
+            _run([cxx, *LINK, *objects, "-lc", "-o", made])
             os.replace(made, path)
     except subprocess.CalledProcessError as error:
-        raise Unavailable(f"{command[0]} cannot compile them: {_last_line(error.stderr)}") from error
+        raise Unavailable(f"{cxx} cannot compile them: {_last_line(error.stderr)}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"they cannot be compiled into {path.parent}: {error}") from error
+
+
+def _run(command: Sequence[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
 
 
 def _last_line(text: str) -> str:
