@@ -1,6 +1,9 @@
 // The reads and writes of a step, and no more: what memory alone takes. And what its loops take, alone.
-#include <stdint.h>
-#include <string.h>
+#include "../ppsf_dist/kernels/cpu/element.h"
+
+using ppsf::bits_of;
+using ppsf::float_of;
+using ppsf::load;
 
 struct Tensor {
     const uint64_t* g;
@@ -92,20 +95,6 @@ static void step(const float* __restrict g, float* __restrict y, float* __restri
 }
 
 constexpr int64_t SLICE_P = 11, SAMPLES = 1024, IN_CACHE = 131072;
-
-static uint32_t bits_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-static float float_of(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-static float load(uint16_t x) { return float_of(uint32_t(x) << 16); }
 
 static float rounded(float x) {
     const uint32_t bits = bits_of(x);
