@@ -10,33 +10,48 @@ APART void pair_sums(const float* __restrict from, int64_t n, float* __restrict 
     for (int64_t i = 0; i < n; i++) to[i] = from[2 * i] + from[2 * i + 1];
 }
 
-// Of some lines of squares: the sum of each, and added to `along` the sums of their elements. The lines come from as many
-// places as divide them, far from each other: then memory answers for each of them ahead.
+// Squares of some lines at each of four places, `apart` lines from each other: memory answers for each of them ahead. They
+// lie one after the other in `squares`, and are added to `total` along the lines.
+template <class T, int64_t N>
+APART void squares_of(const T* g, int64_t apart, int64_t count, float* squares, float* total) {
+    const T *g0 = g, *g1 = g0 + apart * N, *g2 = g1 + apart * N, *g3 = g2 + apart * N;
+    float *s0 = squares, *s1 = s0 + count * N, *s2 = s1 + count * N, *s3 = s2 + count * N;
+    for (int64_t l = 0; l < count * N; l += N)
+#pragma omp simd
+        for (int64_t j = 0; j < N; j++) {
+            float x0 = load(g0[l + j]), x1 = load(g1[l + j]), x2 = load(g2[l + j]), x3 = load(g3[l + j]);
+            x0 *= x0, x1 *= x1, x2 *= x2, x3 *= x3;
+            s0[l + j] = x0, s1[l + j] = x1, s2[l + j] = x2, s3[l + j] = x3;
+            total[j] += (x0 + x1) + (x2 + x3);
+        }
+}
+
+// Of some lines of squares: the sum of each, and added to `along` the sums of their elements.
 template <class T, int64_t N>
 void line_sums_of(const T* g, int64_t lines, float* of_line, float* along) {
-    const int64_t places = lines % 4 ? 1 : 4, apart = lines / places, some = BLOCK / N / places;
+    constexpr int64_t some = BLOCK / N / 4;
+    const int64_t apart = lines / 4;
     alignas(64) float total[N] = {}, squares[BLOCK], halves[BLOCK / 2];
     for (int64_t first = 0; first < apart; first += some) {
         const int64_t count = apart - first < some ? apart - first : some;
-        for (int64_t place = 0; place < places; place++) {
-            const T* from = g + (place * apart + first) * N;
-            float* to = squares + place * count * N;
-            for (int64_t l = 0; l < count; l++, from += N, to += N)
-                for (int64_t j = 0; j < N; j++) {
-                    const float x = load(from[j]), square = x * x;
-                    to[j] = square;
-                    total[j] += square;
-                }
-        }
+        squares_of<T, N>(g + first * N, apart, count, squares, total);
         // Half as many in each round, until there is one for each line.
         float *from = squares, *to = halves;
         for (int64_t n = N / 2; n; n /= 2) {
-            pair_sums(from, places * count * n, to);
+            pair_sums(from, 4 * count * n, to);
             float* const next = from;
             from = to, to = next;
         }
-        for (int64_t place = 0; place < places; place++)
+        for (int64_t place = 0; place < 4; place++)
             memcpy(of_line + place * apart + first, from + place * count, sizeof(float) * count);
+    }
+    for (int64_t l = 4 * apart; l < lines; l++) {
+        float sum = 0;
+        for (int64_t j = 0; j < N; j++) {
+            const float x = load(g[l * N + j]), square = x * x;
+            sum += square, total[j] += square;
+        }
+        of_line[l] = sum;
     }
     for (int64_t j = 0; j < N; j++) along[j] += total[j];
 }
