@@ -146,6 +146,16 @@ def test_both_sources_are_compiled_at_the_same_time(monkeypatch: pytest.MonkeyPa
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["made.so"]
 
 
+def test_a_process_that_may_start_no_thread_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(source.Unavailable, match="cannot be compiled into .*: can't start new thread"):
+        source.compile_into(tmp_path / "made" / "made.so", "DEFAULT")
+    assert not list((tmp_path / "made").iterdir())
+
+
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(source.Unavailable, match="cannot be compiled into .*file"):

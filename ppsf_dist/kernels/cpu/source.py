@@ -85,7 +85,7 @@ def compile_into(path: Path, instructions: str) -> None:
     """Compile the passes. Processes that do so at once do not disturb each other: the last one's file stays.
 
     Raises:
-        Unavailable: there is no compiler, it fails, or the folder cannot be written.
+        Unavailable: there is no compiler, it fails, the folder cannot be written, or no thread can be started.
     """
     cxx, flags = compiler(), flags_for(instructions)
     try:
@@ -99,7 +99,8 @@ def compile_into(path: Path, instructions: str) -> None:
             os.replace(made, path)
     except subprocess.CalledProcessError as error:
         raise Unavailable(f"{cxx} cannot compile them: {_last_line(error.stderr)}") from error
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
+        # RuntimeError: the process may start no more threads.
         raise Unavailable(f"they cannot be compiled into {path.parent}: {error}") from error
 
 
