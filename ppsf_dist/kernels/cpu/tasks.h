@@ -1,5 +1,5 @@
-// The passes over one task, for weights of one dtype: float or bf16. All of one dtype is compiled in passes.cpp, all of
-// the other in bf16.cpp, at the same time.
+// The passes over one task, for weights of one dtype. Those of bf16 are compiled in bf16.cpp, at the same time as those of
+// float, which are in passes.cpp with all else.
 #pragma once
 #include "pass_1.h"
 #include "pass_2.h"
