@@ -74,8 +74,9 @@ def impostor(talk: Callable[[socket.socket], None]) -> Iterator[int]:
 
 def test_announcement_is_found_among_strangers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(announcement, "ASK_SECONDS", 0.2)
-    other, ours = free_ports(2)
     with listener() as silent:
+        # After it: a port that was given back may be the next one given away.
+        other, ours = free_ports(2)
         ports = [silent.getsockname()[1], other, ours]
         with announced(1, OTHER, LOOPBACK, [other]), announced(2, OURS, LOOPBACK, ports):
             assert ask(LOOPBACK, ports, OURS, LONG) == 2
