@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppsf_dist.kernels import report
@@ -18,6 +20,8 @@ from tests.harness.counting import count_collectives, count_host_syncs
 
 WARM_UP = 3
 """Steps before the first measured one: state, plans, compiled kernels."""
+CYCLES = 2e9
+"""At most so many has a GPU in a second."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +30,19 @@ class Cost:
 
     Attributes:
         name: of the optimizer.
-        seconds: median.
+        seconds: median; on a GPU of the time that the GPU needs.
+        host: on a GPU, of the time until the call returns, in seconds; None on a CPU.
         ratio, least, most: to the baseline, pair by pair: median and extremes.
         state: bytes that live from step to step.
         peak: bytes that a step takes beyond that while it runs; None where they cannot be read.
-        operators: calls of torch's dispatcher that compute something; on an accelerator the kernels that it launches.
+        operators: calls of torch's dispatcher that compute something; on a GPU the kernels and copies that it runs.
         waits: reads of the device by the host.
         collectives, collective_bytes: issued by this rank.
     """
 
     name: str
     seconds: float
+    host: float | None
     ratio: float
     least: float
     most: float
@@ -58,14 +64,58 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def seconds(optimizer: Any, device: str) -> float:
-    """CPU time of one thread, which other processes do not count in; else elapsed time."""
-    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
+def seconds(optimizer: Any, device: str, ahead: float) -> tuple[float, float | None]:
+    """What a step takes.
+
+    On a CPU the time of one thread, which other processes do not count in; else elapsed time. On a GPU the time from
+    the first kernel to the last: the GPU is kept busy for ``ahead`` seconds, as by a backward pass, while they are
+    launched. And the time that launching them took.
+    """
+    if device == "cpu":
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        start = clock()
+        optimizer.step()
+        return clock() - start, None
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(ahead * CYCLES))
+    first.record()
+    begun = time.perf_counter()
     optimizer.step()
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    return clock() - start
+    host = time.perf_counter() - begun
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3, host
+
+
+def _host_seconds(optimizer: Any) -> float:
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    optimizer.step()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def _waits(optimizer: Any) -> int:
+    """How often a step on a GPU makes the host wait for it."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(one.message) for one in said)
+
+
+def _launches(optimizer: Any) -> int:
+    """Kernels and copies that a step runs on a GPU."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        optimizer.step()
+        torch.cuda.synchronize()
+    return sum(event.device_type.name == "CUDA" for event in profiler.events())
 
 
 def compare(
@@ -84,27 +134,33 @@ def compare(
         baseline.step()
         optimizer.step()
     peak = _peak_bytes(optimizer, device)
-    operators = _Operators()
-    with operators:
-        optimizer.step()
+    if device == "cpu":
+        with _Operators() as operators:
+            optimizer.step()
+        launched, ahead = operators.count, 0.0
+    else:
+        launched, ahead = _launches(optimizer), 1.5 * max(map(_host_seconds, (optimizer, baseline)))
     with count_host_syncs() as waits, count_collectives() as collectives:
         optimizer.step()
-    ours, theirs = [], []
+    ours, theirs, hosts = [], [], []
     for _ in range(steps):
-        theirs.append(seconds(baseline, device))
-        ours.append(seconds(optimizer, device))
+        theirs.append(seconds(baseline, device, ahead)[0])
+        time_, host = seconds(optimizer, device, ahead)
+        ours.append(time_)
+        hosts += [] if host is None else [host]
         told()
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return Cost(
         name=name,
         seconds=statistics.median(ours),
+        host=statistics.median(hosts) if hosts else None,
         ratio=statistics.median(ratios),
         least=min(ratios),
         most=max(ratios),
         state=_state_bytes(optimizer),
         peak=peak,
-        operators=operators.count,
-        waits=waits.total,
+        operators=launched,
+        waits=waits.total if device == "cpu" else _waits(optimizer),
         collectives=collectives.total,
         collective_bytes=sum(collectives.sizes),
     )

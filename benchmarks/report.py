@@ -17,15 +17,19 @@ from benchmarks.optimizers import BASELINE, OURS
 
 def table(costs: Sequence[Cost], elements: int) -> str:
     """One line for each optimizer, in Markdown."""
+    on_gpu = any(cost.host is not None for cost in costs)
     lines = [
-        "| optimizer | ns/element | ratio (least to most) | state B/element | peak beyond it | operators | waits |",
-        "|---|---|---|---|---|---|---|",
+        f"| optimizer | {'GPU ms' if on_gpu else 'ns/element'} | ratio (least to most) {'| host ms ' if on_gpu else ''}"
+        f"| state B/element | peak beyond it | {'launches' if on_gpu else 'operators'} | waits |",
+        f"|---|---|---|---|---|---|---|{'---|' if on_gpu else ''}",
     ]
     for cost in costs:
         peak = "?" if cost.peak is None else f"{cost.peak / 2**20:.0f} MB"
         spread = f"{cost.ratio:.2f} ({cost.least:.2f} to {cost.most:.2f})"
+        time = f"{cost.seconds / elements * 1e9:.2f}" if cost.host is None else f"{cost.seconds * 1e3:.3f}"
+        host = "" if cost.host is None else f"| {cost.host * 1e3:.2f} "
         lines.append(
-            f"| {cost.name} | {cost.seconds / elements * 1e9:.2f} | {spread} | {cost.state / elements:.2f} | {peak} "
+            f"| {cost.name} | {time} | {spread} {host}| {cost.state / elements:.2f} | {peak} "
             f"| {cost.operators:,} | {cost.waits} |"
         )
     return "\n".join(lines)

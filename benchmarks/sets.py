@@ -50,11 +50,12 @@ def elements(name: str) -> int:
 
 def parameters(name: str, dtype: torch.dtype, device: str) -> list[nn.Parameter]:
     """The parameters of a set, with gradients, the same at every call."""
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for shape in SETS[name]:
-        scale = 0.0 if starts_at_zero(name, shape) else 0.02
-        made.append(nn.Parameter(torch.randn(shape, generator=generator).mul_(scale).to(device, dtype)))
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(shape: torch.Size | tuple[int, ...], scale: float) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device).mul_(scale).to(dtype)
+
+    made = [nn.Parameter(random(shape, 0.0 if starts_at_zero(name, shape) else 0.02)) for shape in SETS[name]]
     for p in made:
-        p.grad = torch.randn(p.shape, generator=generator).mul_(0.01).to(device, dtype)
+        p.grad = random(p.shape, 0.01)
     return made
