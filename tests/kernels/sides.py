@@ -68,6 +68,24 @@ class Cut:
         return (sum(box.numel for box in self.boxes),) if self.flat else self.boxes[0].size
 
 
+CUTS = {
+    "whole": Cut.everything((40, 70)),
+    "tall": Cut.everything((70, 12)),
+    "very tall": Cut.everything((300, 12)),
+    "odd": Cut.everything((33,)),
+    "long": Cut.everything((9001,)),
+    "flat": Cut.range((50, 40), 13, 777),
+    "columns": Cut.box((50, 40), (3, 5), (20, 31)),
+    "stack": Cut.everything((3, 40, 20)),
+    "convolution": Cut.everything((36, 5, 3, 3)),
+    "part of a stack": Cut.range((3, 5, 40), 170, 250),
+    "wide": Cut.box((40, 300), (0, 10), (40, 280)),
+    "small": Cut.everything((5, 33)),
+    "number": Cut.everything(()),
+}
+"""Of every kind that kernels have a way of their own for."""
+
+
 @dataclass
 class Side:
     """What a backend is given, tensors of its own."""
@@ -111,6 +129,7 @@ def make(
     missing: Sequence[int] = (),
     closed: Sequence[int] = (),
     replicas: Sequence[int] = (),
+    device: str = "cpu",
 ) -> Side:
     """Random weights, state, gradients and numbers.
 
@@ -122,11 +141,12 @@ def make(
         missing: shards without a gradient.
         closed: those that are not written.
         replicas: those that another rank counts.
+        device: where all of it is. The values are the same on each.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def random(shape: Sequence[int], scale: float) -> Tensor:
-        return torch.randn(tuple(shape), generator=generator) * scale
+        return (torch.randn(tuple(shape), generator=generator) * scale).to(device)
 
     shards, gradients, state, factored = [], [], {}, []
     for index, cut in enumerate(cuts):
@@ -145,25 +165,25 @@ def make(
             value = value.abs() if entry.holds is Holds.SQUARES else value
             entries[entry.name] = value.to(entry.dtype(dtype, switches))
         state[shard.param] = entries
-    moments = FactoredMoments(factored, torch.device("cpu"))
+    moments = FactoredMoments(factored, torch.device(device))
     moments.values.copy_(random((len(moments),), 1e-6).abs())
     count = len(cuts)
     rates = torch.rand(len(NUMBERS), count, generator=generator)
-    coefficients = Coefficients(NUMBERS, count, torch.device("cpu"))
+    coefficients = Coefficients(NUMBERS, count, torch.device(device))
     rows = [make(rate) for make, rate in zip(NUMBERS.values(), rates, strict=True)]
-    coefficients.fill(torch.stack(rows), torch.arange(count))
-    opened = torch.tensor([index not in closed for index in range(count)])
-    stats = torch.zeros(count, len(Stat), dtype=torch.float64)
-    amount = torch.rand(count, generator=generator)
+    coefficients.fill(torch.stack(rows).to(device), torch.arange(count, device=device))
+    opened = torch.tensor([index not in closed for index in range(count)], device=device)
+    stats = torch.zeros(count, len(Stat), dtype=torch.float64, device=device)
+    amount = torch.rand(count, generator=generator).to(device)
     buffers = Buffers(
         coefficients=coefficients,
-        factors=torch.zeros(len(moments)),
-        new_moments=torch.zeros(len(moments)),
+        factors=torch.zeros(len(moments), device=device),
+        new_moments=torch.zeros(len(moments), device=device),
         adopt=None,
         scales=torch.stack([amount, 0 * amount, 1 + amount, amount * coefficients["delta"]]),
-        keys=torch.randint(-(1 << 31), 1 << 31, (count,), generator=generator).to(torch.int32),
+        keys=torch.randint(-(1 << 31), 1 << 31, (count,), generator=generator).to(device, torch.int32),
         gates=Gates(opened, opened.clone()),
-        sums=torch.zeros(len(moments)),
+        sums=torch.zeros(len(moments), device=device),
         stats=stats,
         masks=torch.zeros_like(stats),
     )

@@ -98,9 +98,10 @@ def allowed(before: Side, eager: Side, name: str) -> Tensor:
 
 def check_sums(native: Side, eager: Side) -> None:
     ours, theirs = native.buffers, eager.buffers
-    assert torch.allclose(ours.sums, theirs.sums, rtol=3e-6, atol=0)
-    for table, other in ((ours.stats, theirs.stats), (ours.masks, theirs.masks)):
-        assert table is not None and other is not None
+    assert torch.allclose(ours.sums.cpu(), theirs.sums, rtol=3e-6, atol=0)
+    for one, other in ((ours.stats, theirs.stats), (ours.masks, theirs.masks)):
+        assert one is not None and other is not None
+        table = one.cpu()
         assert torch.equal(table[:, list(COUNTED)], other[:, list(COUNTED)])
         largest = Stat.LARGEST_SQUARE
         assert torch.equal(table[:, largest].isfinite(), other[:, largest].isfinite())
@@ -117,9 +118,16 @@ def native_kernels() -> NativeKernels:
 
 
 @torch.no_grad()
-def compare(side: Side, kernels: Kernels, *, exactly: bool) -> None:
-    """One step of a backend and of the eager one from the same state; each part of it begins from the same numbers."""
-    native, eager = twin(side), twin(side)
+def compare(side: Side, kernels: Kernels, *, exactly: bool, on_device: Side | None = None) -> None:
+    """One step of a backend and of the eager one from the same state; each part of it begins from the same numbers.
+
+    Args:
+        side: of the eager one.
+        kernels: of the backend.
+        exactly: whether bf16 has to be the same bit for bit.
+        on_device: the same as ``side`` where the backend runs, if that is not here.
+    """
+    native, eager = twin(side if on_device is None else on_device), twin(side)
     native.prepare(kernels)
     eager.prepare(EagerKernels())
     for one in (native, eager):
@@ -130,8 +138,8 @@ def compare(side: Side, kernels: Kernels, *, exactly: bool) -> None:
     for one in (native, eager):
         one.passes.update_moments()
         one.passes.fill_factors()
-    assert torch.equal(native.buffers.new_moments, eager.buffers.new_moments)
-    assert torch.allclose(native.buffers.factors, eager.buffers.factors, rtol=3e-7, atol=0)
+    assert torch.equal(native.buffers.new_moments.cpu(), eager.buffers.new_moments)
+    assert torch.allclose(native.buffers.factors.cpu(), eager.buffers.factors, rtol=3e-7, atol=0)
     native.buffers.factors.copy_(eager.buffers.factors)
     for one in (native, eager):
         one.passes.pass_2()
@@ -140,7 +148,7 @@ def compare(side: Side, kernels: Kernels, *, exactly: bool) -> None:
     for one in (native, eager):
         one.write()
     for name, theirs in eager.tensors().items():
-        ours = native.tensors()[name]
+        ours = native.tensors()[name].cpu()
         if theirs.dtype == torch.float32:
             assert ((ours - theirs).abs() <= allowed(side, eager, name)).all(), name
         elif exactly:
