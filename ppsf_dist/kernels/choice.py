@@ -106,7 +106,7 @@ class ChosenKernels:
         if self._choice == "eager":
             return Fast("eager", None, f"{VARIABLE}=eager")
         if device.type == "meta" or (device.type != "cpu" and self._choice == "auto"):
-            # They have never run on a GPU: who wants them says so.
+            # What the last version of them writes was not compared on a GPU: who wants them says so.
             hint = "" if device.type == "meta" else f", where {VARIABLE}=native asks for Triton"
             return Fast("eager", None, f"device {device.type}{hint}")
         try:

@@ -18,7 +18,7 @@ EVERYWHERE = (("pass_3", "bf16"),)
 
 
 DEFAULT = ("owned", "factored", "schedulefree", "second_moment", "statistics", "needs_norms", "matrix", "flat")
-IN_BF16 = ("weights_in_bf16", "p0_in_bf16", "s_in_bf16", "stochastic")
+IN_BF16 = ("weights_in_bf16", "samples_in_bf16", "stochastic")
 VARIANTS = {
     "convolution": tuple({*DEFAULT} - {"matrix"}),
     "unfactored": tuple({*DEFAULT} - {"matrix", "factored"}),
@@ -30,7 +30,7 @@ VARIANTS = {
 
 BETWEEN: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "add_columns": ("plan", ("columns", "blocks"), {"BT": 64, "BN": 64}),
-    "add_results": ("plan", ("table", "slots", "firsts", "order"), {"SUMS": (0, 1, 6), "COUNT": 3, "BT": 64}),
+    "add_results": ("plan", ("table", "slots", "firsts", "order"), {"SUMS": (0, 1, 6), "COUNT": 3, "BT": 256}),
     "add_vectors": ("plan", ("vectors", "boxes", "blocks"), {"BLOCK": 128}),
     "update_moments": ("plan", ("moments", "after", "count"), {"ROWS": None, "BLOCK": 1024, "ANY_BF16": True}),
     "average_cells": ("moments", ("means", "starts"), {"BLOCK": 1024}),
@@ -70,7 +70,9 @@ def _tables() -> dict[str, Any]:
     return kinds | tables
 
 
-def _compile(kernel: Any, arguments: tuple[str, ...], constants: dict[str, Any], target: str, warps: int) -> Any:
+def _compile(
+    kernel: Any, arguments: tuple[str, ...], constants: dict[str, Any], target: str, warps: int, most: int | None = None
+) -> Any:
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -78,14 +80,16 @@ def _compile(kernel: Any, arguments: tuple[str, ...], constants: dict[str, Any],
     tables = _tables()
     signature = {**{name: tables[name] for name in arguments}, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    return compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": warps, "enable_fp_fusion": False})
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    if most is not None and not target.startswith("gfx"):
+        options["maxnreg"] = most
+    return compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 
 def compiled(kernel: str, what: str, target: str) -> Any:
     """A pass over the tiles of a matrix, by default, in one of ``VARIANTS``, or a kernel of ``BETWEEN``."""
     from ppsf_dist.kernels.triton import between, passes
-    from ppsf_dist.kernels.triton.backend import SAMPLES_AT_ONCE
-    from ppsf_dist.kernels.triton.cutting import WIDE
+    from ppsf_dist.kernels.triton.cutting import WIDE, Variant
     from ppsf_dist.kernels.triton.tables import On, Rows
 
     rows = Rows(*range(len(Rows._fields)))
@@ -95,8 +99,10 @@ def compiled(kernel: str, what: str, target: str) -> Any:
         return _compile(getattr(between, kernel), (table, *arguments), given, target, 4)
     switches = {*VARIANTS.get(what, DEFAULT), *(IN_BF16 if what == "bf16" else ())}
     on = On(*[name in switches for name in On._fields])
-    constants = {"ON": on, "ROWS": rows, "AXES": 1, "BM": WIDE.lines, "BN": WIDE.along, "BS": SAMPLES_AT_ONCE}
-    return _compile(getattr(passes, kernel), ("plan", "first"), constants, target, WIDE.warps)
+    along, warps, most = Variant(on, 1, WIDE, apart=8, short=False).launched(kernel)
+    cut = {"BM": WIDE.lines, "BN": along, "BS": along // 8, "SHORT": False}
+    constants = {"ON": on, "ROWS": rows, "AXES": 1, **cut}
+    return _compile(getattr(passes, kernel), ("plan", "first"), constants, target, warps, most)
 
 
 def registers(target: str, code: Any) -> tuple[int, int]:
@@ -118,15 +124,42 @@ def registers(target: str, code: Any) -> tuple[int, int]:
     return int(re.findall(r"Used (\d+) registers", said)[0]), sum(spilled)
 
 
+def spills_of_wide_loops(code: Any) -> int:
+    """Reads and writes of spilled registers in the loops that read 16 bytes at a time, compiled for NVIDIA."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    loops = []
+    for line in lines:
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+            target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction[1])
+            if target and target[1] in labels:
+                loops.append(instructions[labels[target[1]] :])
+    wide = [loop for loop in loops if any("LDG.E.128" in one for one in loop)]
+    # A loop around another one has its instructions too.
+    return sum(one.split()[0].startswith(("LDL", "STL")) for one in min(wide, key=len, default=[]))
+
+
 def describe(kernel: str, what: str, target: str) -> dict[str, int]:
     code = compiled(kernel, what, target)
     is_amd = target.startswith("gfx")
     text = code.asm["amdgcn" if is_amd else "ptx"]
+    # AMD's compiler makes two stores of eight bytes of one of sixteen.
     load, store = (
-        ("global_load_dwordx4", "global_store_dwordx4") if is_amd else ("ld.global.v4.b32", "st.global.v4.b32")
+        ("global_load_dwordx4", "global_store_dwordx2") if is_amd else ("ld.global.v4.b32", "st.global.v4.b32")
     )
     used, spilled = registers(target, code)
-    return {
+    in_loops = {} if is_amd else {"spills of wide loops": spills_of_wide_loops(code)}
+    return in_loops | {
         "wide loads": text.count(load),
         "wide stores": text.count(store),
         "registers": used,

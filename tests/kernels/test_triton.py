@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch
 from torch import nn
 
 from ppsf_dist import ProdigyPlusScheduleFree, kernels
-from ppsf_dist.kernels.codes import COEFFICIENTS, Flag, Sum
+from ppsf_dist.kernels.codes import COEFFICIENTS, Flag, Piece, Sum
+from ppsf_dist.kernels.triton.cutting import cut
 from ppsf_dist.kernels.triton.tables import On, Rows
 from ppsf_dist.methods.sums import Stat
 from tests.harness.kernels import interpreted
@@ -27,26 +29,16 @@ from tests.harness.kernels import kernels as kernels_of
 from tests.harness.layouts import LAYOUTS, Layout
 from tests.harness.pool import run
 from tests.kernels.compiled import TARGETS
-from tests.kernels.sides import Cut, make, twin
+from tests.kernels.sides import CUTS, make, twin
 from tests.kernels.test_native import CLAIMED, compare
 from tests.rotation import rotated
 from tests.runs import SINGLE, Run, difference, open_loop, open_loop_without_start
 from tests.switches import EVERY
 
+SPILLS = 10
+"""Of some hundred instructions of a loop. With registers for all of it fewer programs run at once, and it is slower."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CUTS = {
-    "whole": Cut.everything((40, 70)),
-    "tall": Cut.everything((70, 12)),
-    "odd": Cut.everything((33,)),
-    "flat": Cut.range((50, 40), 13, 777),
-    "columns": Cut.box((50, 40), (3, 5), (20, 31)),
-    "stack": Cut.everything((3, 40, 20)),
-    "convolution": Cut.everything((36, 5, 3, 3)),
-    "part of a stack": Cut.range((3, 5, 40), 170, 250),
-    "wide": Cut.box((40, 300), (0, 10), (40, 280)),
-    "small": Cut.everything((5, 33)),
-    "number": Cut.everything(()),
-}
 
 
 def _against_eager(name: str, dtype: torch.dtype, cut: str, seed: int) -> None:
@@ -70,6 +62,35 @@ def test_every_claim_equals_the_eager_kernels(name: str, cut: str) -> None:
 @pytest.mark.parametrize(("cut", "dtype"), rotated(CUTS, DTYPES, rounds=1))
 def test_every_cut_equals_the_eager_kernels(cut: str, dtype: str) -> None:
     run(1, interpreted, _against_eager, "default", DTYPES[dtype], cut, 3)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("slice_p", [1, 2, 5, 11, 97])
+def test_samples_of_every_distance(slice_p: int) -> None:
+    """In tiles that have many of a line, one or none; of lines that follow each other and of others."""
+    run(1, interpreted, _at_distance, slice_p)
+
+
+def _at_distance(slice_p: int) -> None:
+    from ppsf_dist.kernels.triton.backend import TritonKernels
+
+    switches = replace(CLAIMED["default"], slice_p=slice_p)
+    for name in ("whole", "very tall", "flat", "columns", "wide", "odd"):
+        compare(make([CUTS[name]], switches, torch.float32, seed=slice_p), TritonKernels(), exactly=False)
+
+
+@pytest.mark.parametrize(
+    ("lines", "n", "slice_p", "says"),
+    [(2, 2**30 + 1, 11, "lines of elements: 1,073,741,825"), (2, 40, 2**20 + 1, "slice_p: 1,048,577")],
+)
+def test_what_32_bits_do_not_hold_is_refused(lines: int, n: int, slice_p: int, says: str) -> None:
+    with pytest.raises(ValueError, match=f"{says} of a parameter is more than .*set PPSF_KERNELS=eager"):
+        cut([Piece(lines=lines, n=n, slice_p=slice_p, axes=1)])
+
+
+def test_lines_as_long_as_32_bits_hold_are_a_task_each() -> None:
+    longest = Piece(lines=2, n=2**30, slice_p=11, axes=1, flags=int(Flag.FLAT))
+    assert [(task.first_line, task.last_line) for task in cut([longest]).tasks] == [(0, 1), (1, 2)]
 
 
 SHAPES = [("matrix", (40, 12)), ("vector", (7,)), ("stack", (3, 33, 4))]
@@ -194,7 +215,8 @@ def test_without_an_interpreter_a_cpu_has_none(monkeypatch: pytest.MonkeyPatch) 
 
 def test_compiled_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     """All kernels. Where memory is aligned the tiles of a matrix are read and written 16 bytes at a time: the gradient
-    in passes 1 and 2, with weights and z in pass 3, and those written. Nothing of the default is spilled into memory.
+    in passes 1 and 2, with weights and z in pass 3, and those written. There a few instructions of several hundred are
+    for what registers do not hold.
     """
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": ""}
     command = [sys.executable, "-m", "tests.kernels.compiled"]
@@ -207,10 +229,9 @@ def test_compiled_for_gpus_that_are_not_here(tmp_path: Path) -> None:
         assert found["registers"], name
         if dtype not in DTYPES:
             continue
-        assert not found["spilled bytes"], (name, found)
+        assert found["spilled bytes" if target == "gfx942" else "spills of wide loops"] <= SPILLS, (name, found)
         loads, stores = {"pass_1": (1, 0), "pass_2": (1, 0), "pass_3": (3, 2)}[kernel]
-        # Sixteen elements for each thread.
-        times = 4 if dtype == "fp32" else 2
+        # Eight elements for each thread.
+        times = 2 if dtype == "fp32" else 1
         assert found["wide loads"] >= loads * times, (name, found)
-        # AMD's compiler makes two stores of eight bytes of most.
-        assert found["wide stores"] >= stores * (1 if target == "gfx942" else times), (name, found)
+        assert found["wide stores"] >= stores * times, (name, found)

@@ -18,7 +18,7 @@ from ppsf_dist.kernels.memory import Memory, State
 from ppsf_dist.kernels.pieces import LIKE_WEIGHTS, all_pieces
 from ppsf_dist.kernels.triton import between, passes
 from ppsf_dist.kernels.triton.cutting import Cut, Launch, cut, only_whole_matrices, vectors_of
-from ppsf_dist.kernels.triton.tables import ADDRESS_COLUMNS, MomentsOnDevice, On, Plan, Rows, Sizes
+from ppsf_dist.kernels.triton.tables import ADDRESS_COLUMNS, Columns, MomentsOnDevice, On, Plan, Rows, Sizes
 from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
 from ppsf_dist.sharding import Shard
@@ -27,9 +27,9 @@ from ppsf_dist.state.writes import Writes
 
 BLOCK = 1024
 """Numbers of a program between the passes."""
-SAMPLES_AT_ONCE = 256
-COLUMNS_AT_ONCE = 64
-TASKS_AT_ONCE = 64
+TASKS_AT_ONCE = 256
+SUMS_AT_ONCE = {"few": (8, 256), "many": (64, 64)}
+"""Sums along lines: tiles and columns, of matrices that are so few high or more."""
 VECTOR_AT_ONCE = 128
 OF_16_BYTES = 16
 
@@ -73,7 +73,7 @@ class TritonPasses:
         self._cut = cut(pieces)
         self._rows = Rows.of(buffers.coefficients.names)
         self._plan = self._tables(pieces, len(shards))
-        self._columns = [self._blocks([column.n for column in of], COLUMNS_AT_ONCE, of) for of in self._cut.columns]
+        self._columns = [self._sums_along_lines(columns) for columns in self._cut.columns]
         vectors, rows, lengths = vectors_of(boxes, shards, slots, moments)
         self._vectors = (*self._blocks(lengths, VECTOR_AT_ONCE, vectors), self._ints(rows))
         self._of_slot = self._tasks_of_slots(self._cut)
@@ -110,6 +110,18 @@ class TritonPasses:
         """A table of vectors, and of programs that take ``block`` of one each: which vector, and from where on."""
         programs = [(index, start) for index, n in enumerate(lengths) for start in range(0, n, block)]
         return self._ints(rows), self._ints(programs), len(programs)
+
+    def _sums_along_lines(self, columns: Sequence[Columns]) -> list[tuple[Tensor, Tensor, int, tuple[int, int]]]:
+        """Of a round: the tables of one launch for those of few tiles, and of one for the others."""
+        few, _ = SUMS_AT_ONCE["few"]
+        parts = {
+            "few": [column for column in columns if column.tiles <= few],
+            "many": [column for column in columns if column.tiles > few],
+        }
+        return [
+            (*self._blocks([column.n for column in part], SUMS_AT_ONCE[name][1], part), SUMS_AT_ONCE[name])
+            for name, part in parts.items()
+        ]
 
     def _tasks_of_slots(self, of: Cut) -> tuple[Tensor, Tensor, Tensor, int]:
         """The parameters that have tasks, where those of each begin in the order of tasks, and that order."""
@@ -158,9 +170,12 @@ class TritonPasses:
 
     def _launch(self, kernel: Any, launch: Launch) -> None:
         variant = launch.variant
+        along, warps, registers = variant.launched(kernel.__name__)
+        limits = {} if torch.version.hip is not None else {"maxnreg": registers}
         _run(
             kernel, launch.tasks, self._plan, launch.first, ON=variant.on, ROWS=self._rows, AXES=variant.axes,
-            BM=variant.tile.lines, BN=variant.tile.along, BS=SAMPLES_AT_ONCE, num_warps=variant.tile.warps,
+            BM=variant.tile.lines, BN=along, BS=along // variant.apart, SHORT=variant.short,
+            num_warps=warps, **limits,
         )  # fmt: skip
 
     def _launch_where(self, kernel: Any, asks: Callable[[On], bool]) -> int:
@@ -172,10 +187,11 @@ class TritonPasses:
 
     def pass_1(self, *, goes_on: bool) -> None:
         plan = self._plan
-        for launches, (columns, blocks, programs) in zip(self._cut.rounds, self._columns, strict=True):
+        for launches, sums in zip(self._cut.rounds, self._columns, strict=True):
             for launch in launches:
                 self._launch(passes.pass_1, launch)
-            _run(between.add_columns, programs, plan, columns, blocks, BT=TASKS_AT_ONCE, BN=COLUMNS_AT_ONCE)
+            for columns, blocks, programs, (tiles, at_once) in sums:
+                _run(between.add_columns, programs, plan, columns, blocks, BT=tiles, BN=at_once)
         vectors, blocks, programs, boxes = self._vectors
         _run(between.add_vectors, programs, plan, vectors, boxes, blocks, BLOCK=VECTOR_AT_ONCE)
         self._add_results(self._buffers.stats, OF_PASS_1)
@@ -184,7 +200,7 @@ class TritonPasses:
         slots, firsts, order, count = self._of_slot
         of = tuple(int(sum_) for sum_ in sums)
         _run(
-            between.add_results, count, self._plan, table, slots, firsts, order, SUMS=of, COUNT=len(of),
+            between.add_results, count * len(of), self._plan, table, slots, firsts, order, SUMS=of, COUNT=len(of),
             BT=TASKS_AT_ONCE,
         )  # fmt: skip
 

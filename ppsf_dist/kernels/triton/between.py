@@ -17,19 +17,19 @@ ROW_MEAN_GUARD = tl.constexpr(1e-30)
 
 @triton.jit
 def add_columns(plan, columns, blocks, BT: tl.constexpr, BN: tl.constexpr):
-    """Sums along the lines of a matrix: those of its tasks, in order.
+    """Sums along the lines of a matrix: those of its tiles, in order.
 
-    A row of ``columns`` is where they go, how many there are, where those of the first task wait, and how many tasks.
+    A row of ``columns`` is where they go, how many there are, where those of the first tile wait, and how many tiles.
     """
     block = blocks + tl.program_id(0).to(tl.int64) * 2
     of = columns + tl.load(block) * OF_COLUMNS
-    at, n, partial, tasks = tl.load(of), tl.load(of + 1), tl.load(of + 2), tl.load(of + 3)
+    at, n, partial, tiles = tl.load(of), tl.load(of + 1), tl.load(of + 2), tl.load(of + 3)
     j = tl.load(block + 1) + tl.arange(0, BN)
     inside = j < n
     total = tl.zeros([BN], tl.float64)
-    for start in range(0, tasks, BT):
+    for start in range(0, tiles, BT):
         t = start + tl.arange(0, BT)
-        mask = (t < tasks)[:, None] & inside[None, :]
+        mask = (t < tiles)[:, None] & inside[None, :]
         parts = tl.load(plan.partial + partial + t[:, None].to(tl.int64) * n + j[None, :], mask=mask, other=0.0)
         total += tl.sum(parts.to(tl.float64), 0)
     before = tl.load(plan.sums + at + j, mask=inside, other=0.0)
@@ -38,17 +38,19 @@ def add_columns(plan, columns, blocks, BT: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def add_results(plan, table, slots, firsts, order, SUMS: tl.constexpr, COUNT: tl.constexpr, BT: tl.constexpr):
-    """The sums of a parameter's tasks, in order, into its row of a table."""
-    k = tl.program_id(0)
-    first, last = tl.load(firsts + k), tl.load(firsts + k + 1)
-    row = table + tl.load(slots + k) * tl.load(plan.sizes + 2) + tl.load(plan.sizes + 3)
+    """One sum of a parameter's tasks, in order, into its row of a table."""
+    k, number = tl.program_id(0) // COUNT, tl.program_id(0) % COUNT
+    sum_ = number * 0
     for index in tl.static_range(COUNT):
-        results = plan.results + SUMS[index] * tl.load(plan.sizes + 1)
-        total = tl.zeros([BT], tl.float64)
-        for start in range(first, last, BT):
-            t = start + tl.arange(0, BT)
-            total += tl.load(results + tl.load(order + t, mask=t < last, other=0), mask=t < last, other=0.0)
-        tl.store(row + SUMS[index], tl.load(row + SUMS[index]) + tl.sum(total))
+        sum_ = tl.where(number == index, SUMS[index], sum_)
+    first, last = tl.load(firsts + k), tl.load(firsts + k + 1)
+    results = plan.results + sum_ * tl.load(plan.sizes + 1)
+    total = tl.zeros([BT], tl.float64)
+    for start in range(first, last, BT):
+        t = start + tl.arange(0, BT)
+        total += tl.load(results + tl.load(order + t, mask=t < last, other=0), mask=t < last, other=0.0)
+    at = table + tl.load(slots + k) * tl.load(plan.sizes + 2) + tl.load(plan.sizes + 3) + sum_
+    tl.store(at, tl.load(at) + tl.sum(total))
 
 
 @triton.jit

@@ -18,34 +18,76 @@ from ppsf_dist.state.moments import FactoredMoments
 OF_A_LINE = 8192
 """Elements of a task that is a part of one line."""
 
+OF_SHORT_LINES = 32768
+"""At most so many elements has a task of several tiles; those of long lines are one tile high."""
+
+MOST_OF_TASK, MOST_APART = 2**30, 2**20
+"""Elements of a task, and from one sample to the next: programs count both in 32 bits."""
+
 IN_16_BYTES = 8
 """Elements of the shortest dtype."""
 
 
 class Tile(NamedTuple):
-    """Lines and elements along them that a program has in its registers, at least 1024 and at most 4096 together."""
+    """Lines and elements along them that a program has in its registers: 2048, or 1024 of what is short."""
 
     lines: int
     along: int
 
-    @property
-    def warps(self) -> int:
-        """Of a program: with more elements to a thread there are not enough registers."""
-        return 8 if self.lines * self.along > 2048 else 4
-
 
 LINE = Tile(1, 1024)
-WIDE, FLAT = Tile(32, 128), Tile(16, 256)
-NARROW = (Tile(256, 16), Tile(128, 32), Tile(64, 64))
+WIDE, FLAT = Tile(32, 64), Tile(16, 128)
+NARROW = (Tile(128, 16), Tile(64, 32), Tile(32, 64))
 SMALL = Tile(16, 64)
 
 
+class Steps(NamedTuple):
+    """How a kernel goes along long lines, as measured on an H200.
+
+    Attributes:
+        wider: than the tile by this factor.
+        of_thread: elements of a thread.
+        registers: of a thread at most, on GPUs of NVIDIA. More programs at once are worth more than what is kept in
+            memory for it.
+    """
+
+    wider: int
+    of_thread: int
+    registers: int
+
+
+MOST_REGISTERS = 128
+STEPS = {
+    "pass_1": Steps(1, 32, 168),
+    "pass_2": Steps(1, 8, 40),
+    "count_masks": Steps(1, 8, 128),
+    "pass_3": Steps(1, 8, 80),
+    "pack": Steps(1, 8, 64),
+}
+
+
 class Variant(NamedTuple):
-    """What the tasks of a launch share: everything that a kernel is compiled for."""
+    """What the tasks of a launch share: everything that a kernel is compiled for.
+
+    Attributes:
+        apart: so many elements at least are between two samples.
+        short: lines follow each other in the parameter, and a tile has all of each.
+    """
 
     on: On
     axes: int
     tile: Tile
+    apart: int
+    short: bool
+
+    def launched(self, kernel: str) -> tuple[int, int, int]:
+        """Elements along a line at once, warps, and registers of a thread at most."""
+        steps = STEPS[kernel]
+        along = self.tile.along * (1 if self.short else steps.wider)
+        # Formulas that are longer or move more have the registers for it.
+        plain = self.on.factored and self.on.schedulefree and not (self.on.cautious or self.on.grams or self.on.atan2)
+        registers = steps.registers if plain else max(steps.registers, MOST_REGISTERS)
+        return along, self.tile.lines * along // (32 * steps.of_thread), registers
 
 
 class Launch(NamedTuple):
@@ -79,9 +121,9 @@ class Cut:
 
 def tile_of(piece: Piece) -> Tile:
     """The tile that wastes least of a piece, among a few."""
-    if piece.lines == 1:
+    if piece.lines == 1 or piece.n * WIDE.lines > MOST_OF_TASK:
         return LINE
-    if piece.n > NARROW[-1].along:
+    if piece.n > SMALL.along:
         return WIDE if piece.lines > FLAT.lines else FLAT
     if piece.lines <= SMALL.lines:
         return SMALL
@@ -89,7 +131,9 @@ def tile_of(piece: Piece) -> Tile:
 
 
 def variant_of(piece: Piece) -> Variant:
-    return Variant(On.of(piece.flags), piece.axes, tile_of(piece))
+    apart = max(of for of in (1, 2, 4, 8) if of == 1 or of <= piece.slice_p)
+    on, tile = On.of(piece.flags), tile_of(piece)
+    return Variant(on, piece.axes, tile, apart, on.flat and piece.n <= tile.along)
 
 
 def only_whole_matrices(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
@@ -131,20 +175,27 @@ def _cut_piece(found: Cut, piece: Piece, index: int, variant: Variant) -> Column
     sums = variant.on.matrix and variant.on.owned
     lines, n = piece.lines, piece.n
     step = n if lines > 1 or sums else OF_A_LINE
+    for what, value, most in (("lines of elements", step, MOST_OF_TASK), ("slice_p", piece.slice_p, MOST_APART)):
+        if value > most:
+            raise ValueError(
+                f"{what}: {value:,} of a parameter is more than Triton's kernels count, which is {most:,}: set "
+                "PPSF_KERNELS=eager"
+            )
+    height = variant.tile.lines * max(1, OF_SHORT_LINES // max(1, variant.tile.lines * n))
     ranges = [
-        (first, min(first + variant.tile.lines, lines), begin, min(begin + step, n))
-        for first in range(0, lines, variant.tile.lines)
+        (first, min(first + height, lines), begin, min(begin + step, n))
+        for first in range(0, lines, height)
         for begin in range(0, n, step)
     ]
     samples = _samples_before(piece, ranges)
     column = None
     if sums:
-        column = Columns(piece.row if piece.row_step else piece.col, n, found.partial, len(ranges))
+        column = Columns(piece.row if piece.row_step else piece.col, n, found.partial, -(-lines // variant.tile.lines))
     for (first, last, begin, end), sample in zip(ranges, samples, strict=True):
         even = (lines == 1 or n % IN_16_BYTES == 0) and not (begin | end | piece.first) % IN_16_BYTES
         found.tasks.append(Task(index, first, last, begin, end, sample, found.partial if sums else 0, int(even)))
         found.slots.append(piece.slot)
-        found.partial += n if sums else 0
+        found.partial += n * -(-(last - first) // variant.tile.lines) if sums else 0
     return column
 
 

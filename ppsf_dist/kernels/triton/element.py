@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 HIGH_HALF = tl.constexpr(0xFFFF0000)
-LARGEST_BF16 = tl.constexpr(0x7F7F0000)
+LARGEST_BF16 = tl.constexpr(3.3895313892515355e38)
 QUIET_NAN = tl.constexpr(0x7FC00000)
 ATAN2_SCALE = tl.constexpr(1.2732395)
 TAN_OF_EIGHTH = tl.constexpr(0.41421356237309503)
@@ -37,7 +37,7 @@ def as_bf16(x):
 def stochastic(x, random):
     """The bits of ``x`` with 16 random ones added below bf16's last place, where the sum stays finite."""
     bits = bits_of(x)
-    return tl.where((bits & 0x7FFFFFFF) < LARGEST_BF16, bits + random, bits)
+    return tl.where(tl.abs(x) < LARGEST_BF16, bits + random, bits)
 
 
 @triton.jit

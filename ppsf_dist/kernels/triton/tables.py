@@ -86,6 +86,113 @@ class Rows(NamedTuple):
         return cls(**{name: names.index(name) if name in names else -1 for name in COEFFICIENTS})
 
 
+class Numbers(NamedTuple):
+    """Of a parameter, in a program: ``COEFFICIENTS`` and what passes read of ``ppsf_dist.kernels.interface.Scales``."""
+
+    delta: Any
+    c: Any
+    q: Any
+    beta1: Any
+    weight_decay: Any
+    keep: Any
+    d: Any
+    d_eps: Any
+    momentum_weight: Any
+    beta2: Any
+    square_weight: Any
+    beta3: Any
+    s_weight: Any
+    root: Any
+    amount: Any
+    mask: Any
+    advance: Any
+
+
+class Places(NamedTuple):
+    """Where the first element of a task is in the weights and in what is laid out like them, in a program."""
+
+    weights: Any
+    gradient: Any
+    z: Any
+    exp_avg: Any
+    exp_avg_sq: Any
+    has_gradient: Any
+
+
+class Fetched(NamedTuple):
+    """A tile of gradient, y, z, momentum and second moment, in a program."""
+
+    g: Any
+    y: Any
+    z: Any
+    m: Any
+    v: Any
+
+
+class Factors(NamedTuple):
+    """Where the factors of the second moment of a task are, in a program.
+
+    Attributes:
+        of_lines: of a matrix, the factor of each line.
+        along: of a matrix, where those along the lines begin.
+        row, col: where R and C of the parameter begin.
+        of_row, of_col: what each line adds to that.
+        begin: where the task begins along its lines.
+        inner, row_jump, row_step, col_jump, col_step: of ``ppsf_dist.kernels.codes.Piece``.
+    """
+
+    of_lines: Any
+    along: Any
+    row: Any
+    col: Any
+    of_row: Any
+    of_col: Any
+    begin: Any
+    inner: Any
+    row_jump: Any
+    row_step: Any
+    col_jump: Any
+    col_step: Any
+
+
+class Kept(NamedTuple):
+    """Where the first sample of a task is in what is kept of samples alone, in a program."""
+
+    packed: Any
+    p0: Any
+    s: Any
+
+
+class Samples(NamedTuple):
+    """Samples of some lines of a task, in a program: as many of each as a tile may have.
+
+    Attributes:
+        slice_p: one element in so many is sampled.
+        of_tile: of each line of a tile at least so many.
+        number: the place of each among those of its line in the tile.
+        column: of its line, that of the first sample.
+        place: of its line, the first element's in the task.
+        stand: how many samples of the task come before those of its line.
+        end: where its line ends, 0 of one that is not there.
+    """
+
+    slice_p: Any
+    of_tile: Any
+    number: Any
+    column: Any
+    place: Any
+    stand: Any
+    end: Any
+
+
+class SampleSums(NamedTuple):
+    """Of what is sampled, in a program; ``l1`` is that of s, with SPEED of p0 - z, and ``square`` of that too."""
+
+    dot: Any
+    l1: Any
+    square: Any
+
+
 class Sizes(NamedTuple):
     """Lengths that kernels read instead of being compiled for them."""
 
@@ -133,12 +240,12 @@ def piece_field(name: str) -> int:
 
 
 class Columns(NamedTuple):
-    """Sums along the lines of a matrix: where they go, how many, where the first task's wait, and how many tasks."""
+    """Sums along the lines of a matrix: where they go, how many, where the first tile's wait, and how many tiles."""
 
     at: int
     n: int
     partial: int
-    tasks: int
+    tiles: int
 
 
 COLUMN_FIELDS = len(Columns._fields)

@@ -7,7 +7,16 @@ imported by their names: Triton's cache of compiled kernels overlooks a new valu
 import triton
 import triton.language as tl
 
-from ppsf_dist.kernels.triton.tables import ADDRESS_COLUMNS, PIECE_FIELDS, Task, piece_field
+from ppsf_dist.kernels.triton.tables import (
+    ADDRESS_COLUMNS,
+    PIECE_FIELDS,
+    Factors,
+    Kept,
+    Places,
+    Samples,
+    Task,
+    piece_field,
+)
 
 FIELDS = tl.constexpr(PIECE_FIELDS)
 SLOT = tl.constexpr(piece_field("slot"))
@@ -72,27 +81,53 @@ def is_wide(plan, task):
 
 
 @triton.jit
-def memory(plan, piece, NAME: tl.constexpr, ON: tl.constexpr, WIDE: tl.constexpr):
-    """Where the piece begins in the weights, or in what is laid out like them."""
-    at = address(plan, piece, NAME)
+def memory(plan, piece, NAME: tl.constexpr, shift, ON: tl.constexpr, WIDE: tl.constexpr):
+    """Where an element of the piece is in the weights, or in what is laid out like them."""
+    at, element = address(plan, piece, NAME), tl.load(piece + FIRST) + shift
     if ON.weights_in_bf16:
-        pointer = at.to(tl.pointer_type(tl.bfloat16)) + tl.load(piece + FIRST)
+        pointer = at.to(tl.pointer_type(tl.bfloat16)) + element
     else:
-        pointer = at.to(tl.pointer_type(tl.float32)) + tl.load(piece + FIRST)
+        pointer = at.to(tl.pointer_type(tl.float32)) + element
     if WIDE:
+        # Of the sum, since sums of sums are made one, and the hint is lost.
         pointer = tl.multiple_of(pointer, 16)
     return pointer
 
 
 @triton.jit
-def samples(plan, piece, NAME: tl.constexpr, IN_BF16: tl.constexpr):
-    """Where the samples of the shard begin."""
-    at = address(plan, piece, NAME)
+def places(plan, task, ON: tl.constexpr, WIDE: tl.constexpr):
+    """Where the first element of a task is in all that is laid out like the weights."""
+    piece = piece_of(plan, task)
+    shift = of_task(plan, task, FIRST_LINE) * tl.load(piece + N) + of_task(plan, task, BEGIN)
+    return Places(
+        weights=memory(plan, piece, WEIGHTS, shift, ON, WIDE),
+        gradient=memory(plan, piece, GRADIENT, shift, ON, WIDE),
+        z=memory(plan, piece, Z, shift, ON, WIDE),
+        exp_avg=memory(plan, piece, EXP_AVG, shift, ON, WIDE),
+        exp_avg_sq=memory(plan, piece, EXP_AVG_SQ, shift, ON, WIDE),
+        has_gradient=address(plan, piece, GRADIENT) != 0,
+    )
+
+
+@triton.jit
+def _samples(plan, task, NAME: tl.constexpr, IN_BF16: tl.constexpr):
+    """Where the samples of a task begin."""
+    at, sample = address(plan, piece_of(plan, task), NAME), of_task(plan, task, SAMPLE)
     if IN_BF16:
-        pointer = at.to(tl.pointer_type(tl.bfloat16))
+        pointer = at.to(tl.pointer_type(tl.bfloat16)) + sample
     else:
-        pointer = at.to(tl.pointer_type(tl.float32))
+        pointer = at.to(tl.pointer_type(tl.float32)) + sample
     return pointer
+
+
+@triton.jit
+def kept_samples(plan, task, ON: tl.constexpr):
+    """Where the first sample of a task is in all that is kept of samples."""
+    return Kept(
+        packed=_samples(plan, task, PACKED_Z, ON.weights_in_bf16),
+        p0=_samples(plan, task, P0, ON.samples_in_bf16),
+        s=_samples(plan, task, S, ON.samples_in_bf16),
+    )
 
 
 @triton.jit
@@ -122,10 +157,33 @@ def hinted(x, WIDE: tl.constexpr):
 
 
 @triton.jit
-def lines_of(plan, task, BM: tl.constexpr):
-    """The lines of a task and which of them are there."""
-    lines = of_task(plan, task, FIRST_LINE) + tl.arange(0, BM)
+def line_count(plan, task):
+    """How many lines a task has."""
+    return (of_task(plan, task, LAST_LINE) - of_task(plan, task, FIRST_LINE)).to(tl.int32)
+
+
+@triton.jit
+def lines_of(plan, task, row, BM: tl.constexpr):
+    """Some lines of a task and which of them are there."""
+    lines = of_task(plan, task, FIRST_LINE) + row + tl.arange(0, BM)
     return lines, lines < of_task(plan, task, LAST_LINE)
+
+
+@triton.jit
+def steps_of(plan, task, WIDE: tl.constexpr):
+    """How far lines are apart, and how much of each belongs to a task: 32 bits are enough within one."""
+    n = tl.load(piece_of(plan, task) + N)
+    length = of_task(plan, task, END) - of_task(plan, task, BEGIN)
+    return hinted(n.to(tl.int32), WIDE), hinted(length.to(tl.int32), WIDE)
+
+
+@triton.jit
+def tile(live, row, start, n, length, BM: tl.constexpr, BN: tl.constexpr):
+    """A tile of a task: its columns, which of them are there, where each element lies, and which are there."""
+    columns = start + tl.arange(0, BN)
+    inside = columns < length
+    offset = (row + tl.arange(0, BM))[:, None] * n + columns[None, :]
+    return columns, inside, offset, live[:, None] & inside[None, :]
 
 
 @triton.jit
@@ -144,43 +202,102 @@ def along_axes(piece, lines, STRIDES: tl.constexpr, AXES: tl.constexpr):
 
 
 @triton.jit
-def root_of(plan, piece, lines, columns, live, inside, ON: tl.constexpr, AXES: tl.constexpr):
-    """The root of the factored second moment of a tile."""
-    row = tl.load(piece + ROW) + along_axes(piece, lines, ROW_STRIDE, AXES)
-    col = tl.load(piece + COL) + along_axes(piece, lines, COL_STRIDE, AXES)
-    if ON.matrix:
-        by_row = tl.load(piece + ROW_STEP) == 0
-        along = tl.where(by_row, tl.load(piece + COL), tl.load(piece + ROW))
-        of_line = tl.load(plan.factors + tl.where(by_row, row, col), mask=live, other=0.0)
-        root = of_line[:, None] * tl.load(plan.factors + along + columns, mask=inside, other=0.0)[None, :]
-    else:
-        part = columns // tl.load(piece + INNER)
-        rest = columns - part * tl.load(piece + INNER)
-        of_row = part * tl.load(piece + ROW_JUMP) + rest * tl.load(piece + ROW_STEP)
-        of_col = part * tl.load(piece + COL_JUMP) + rest * tl.load(piece + COL_STEP)
-        mask = live[:, None] & inside[None, :]
-        r = tl.load(plan.factors + row[:, None] + of_row[None, :], mask=mask, other=0.0)
-        root = r * tl.load(plan.factors + col[:, None] + of_col[None, :], mask=mask, other=0.0)
+def factors(plan, task, lines, live, ON: tl.constexpr, AXES: tl.constexpr):
+    """Where the factors of the lines of a task are, and those of a matrix themselves."""
+    piece = piece_of(plan, task)
+    row, col = tl.load(piece + ROW), tl.load(piece + COL)
+    of_row, of_col = along_axes(piece, lines, ROW_STRIDE, AXES), along_axes(piece, lines, COL_STRIDE, AXES)
+    by_row = tl.load(piece + ROW_STEP) == 0
+    of_lines = of_row
+    if ON.factored and ON.matrix:
+        of_lines = tl.load(plan.factors + tl.where(by_row, row + of_row, col + of_col), mask=live, other=0.0)
+    return Factors(
+        of_lines=of_lines,
+        along=plan.factors + tl.where(by_row, col, row) + of_task(plan, task, BEGIN),
+        row=plan.factors + row,
+        col=plan.factors + col,
+        of_row=of_row.to(tl.int32),
+        of_col=of_col.to(tl.int32),
+        begin=of_task(plan, task, BEGIN).to(tl.int32),
+        inner=tl.load(piece + INNER).to(tl.int32),
+        row_jump=tl.load(piece + ROW_JUMP).to(tl.int32),
+        row_step=tl.load(piece + ROW_STEP).to(tl.int32),
+        col_jump=tl.load(piece + COL_JUMP).to(tl.int32),
+        col_step=tl.load(piece + COL_STEP).to(tl.int32),
+    )
+
+
+@triton.jit
+def root_of(at, columns, inside, mask, ON: tl.constexpr):
+    """The root of the factored second moment of a tile, by its ``factors``, if it is factored."""
+    root = columns
+    if ON.factored and ON.matrix:
+        root = at.of_lines[:, None] * tl.load(at.along + columns, mask=inside, other=0.0)[None, :]
+    elif ON.factored:
+        part = (at.begin + columns) // at.inner
+        rest = at.begin + columns - part * at.inner
+        row = at.of_row[:, None] + (part * at.row_jump + rest * at.row_step)[None, :]
+        col = at.of_col[:, None] + (part * at.col_jump + rest * at.col_step)[None, :]
+        root = tl.load(at.row + row, mask=mask, other=0.0) * tl.load(at.col + col, mask=mask, other=0.0)
     return root
 
 
 @triton.jit
-def stretches(plan, task, ON: tl.constexpr):
-    """How many times the elements of a task follow each other in the flattened parameter."""
-    count = of_task(plan, task, LAST_LINE) - of_task(plan, task, FIRST_LINE)
-    if ON.flat:
-        count = count * 0 + 1
-    return count
+def samples(
+    plan, task, lines, live, row, n, length, before, AXES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BS: tl.constexpr, SHORT: tl.constexpr,
+):  # fmt: skip
+    """The samples of some lines of a task, of which so many come before; and how many come before the next lines.
+
+    SHORT: the lines follow each other in the parameter, and a tile has all of each. Then they are one.
+    """
+    piece = piece_of(plan, task)
+    slice_p = tl.load(piece + SLICE_P)
+    if SHORT:
+        first = of_task(plan, task, FIRST_LINE) + row
+        length = (tl.minimum(of_task(plan, task, LAST_LINE) - first, BM)).to(tl.int32) * n
+    else:
+        first = lines
+    index = tl.load(piece + INDEX) + along_axes(piece, first, INDEX_STRIDE, AXES) + of_task(plan, task, BEGIN)
+    phase = ((slice_p - index % slice_p) % slice_p).to(tl.int32)
+    slice_p = slice_p.to(tl.int32)
+    count = tl.where(phase < length, (length - phase - 1) // slice_p + 1, 0)
+    if SHORT:
+        end = tl.where(tl.max(live.to(tl.int32), 0) != 0, length, 0)
+        number, column, place, stand = tl.arange(0, BM * BS), phase, row * n, before
+    else:
+        count = tl.where(live, count, 0)
+        number, end = tl.arange(0, BM * BS) % BS, _of_each(tl.where(live, length, 0), BM, BS)
+        column, place = _of_each(phase, BM, BS), _of_each((row + tl.arange(0, BM)) * n, BM, BS)
+        stand = _of_each(before + tl.cumsum(count, 0) - count, BM, BS)
+        count = tl.sum(count, 0)
+    of_tile = BN // slice_p
+    found = Samples(slice_p=slice_p, of_tile=of_tile, number=number, column=column, place=place, stand=stand, end=end)
+    return found, before + count
 
 
 @triton.jit
-def stretch(plan, task, piece, k, ON: tl.constexpr, AXES: tl.constexpr):
-    """The samples of one of them: where the first stands among the elements of the piece, and how many there are."""
-    line = of_task(plan, task, FIRST_LINE) + k
-    begin, slice_p = of_task(plan, task, BEGIN), tl.load(piece + SLICE_P)
-    length = of_task(plan, task, END) - begin
-    if ON.flat:
-        length += (of_task(plan, task, LAST_LINE) - line - 1) * tl.load(piece + N)
-    index = tl.load(piece + INDEX) + along_axes(piece, line, INDEX_STRIDE, AXES) + begin
-    phase = (slice_p - index % slice_p) % slice_p
-    return line * tl.load(piece + N) + begin + phase, (length - phase + slice_p - 1) // slice_p
+def _of_each(of_lines, BM: tl.constexpr, BS: tl.constexpr):
+    """What holds of lines, of each of BS samples of them."""
+    return tl.reshape(tl.broadcast_to(of_lines[:, None], [BM, BS]), [BM * BS])
+
+
+@triton.jit
+def samples_of_tile(of, passed, end, SHORT: tl.constexpr):
+    """Some samples of the lines of a tile that ends at a column: their places in the task, which of it they are, and
+    which are there. Each line has passed so many.
+    """
+    number = passed + of.number
+    column = of.column + number * of.slice_p
+    if SHORT:
+        there = column < of.end
+    else:
+        there = column < tl.minimum(of.end, end)
+    return of.place + column, of.stand + number, there
+
+
+@triton.jit
+def pass_tile(of, passed, end):
+    """How many samples of each line come before a column, of those that come before the tile that ends there."""
+    passed += of.of_tile
+    return passed + tl.where(of.column + passed * of.slice_p < end, 1, 0)
