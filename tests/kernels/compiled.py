@@ -99,8 +99,8 @@ def compiled(kernel: str, what: str, target: str) -> Any:
         return _compile(getattr(between, kernel), (table, *arguments), given, target, 4)
     switches = {*VARIANTS.get(what, DEFAULT), *(IN_BF16 if what == "bf16" else ())}
     on = On(*[name in switches for name in On._fields])
-    along, warps, most = Variant(on, 1, WIDE, apart=8, short=False).launched(kernel)
-    cut = {"BM": WIDE.lines, "BN": along, "BS": along // 8, "SHORT": False}
+    warps, most = Variant(on, 1, WIDE, apart=8, short=False).launched(kernel)
+    cut = {"BM": WIDE.lines, "BN": WIDE.along, "BS": WIDE.along // 8, "SHORT": False}
     constants = {"ON": on, "ROWS": rows, "AXES": 1, **cut}
     return _compile(getattr(passes, kernel), ("plan", "first"), constants, target, warps, most)
 

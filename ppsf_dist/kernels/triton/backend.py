@@ -170,11 +170,11 @@ class TritonPasses:
 
     def _launch(self, kernel: Any, launch: Launch) -> None:
         variant = launch.variant
-        along, warps, registers = variant.launched(kernel.__name__)
+        warps, registers = variant.launched(kernel.__name__)
         limits = {} if torch.version.hip is not None else {"maxnreg": registers}
         _run(
             kernel, launch.tasks, self._plan, launch.first, ON=variant.on, ROWS=self._rows, AXES=variant.axes,
-            BM=variant.tile.lines, BN=along, BS=along // variant.apart, SHORT=variant.short,
+            BM=variant.tile.lines, BN=variant.tile.along, BS=variant.tile.along // variant.apart, SHORT=variant.short,
             num_warps=warps, **limits,
         )  # fmt: skip
 

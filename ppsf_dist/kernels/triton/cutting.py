@@ -42,27 +42,26 @@ SMALL = Tile(16, 64)
 
 
 class Steps(NamedTuple):
-    """How a kernel goes along long lines, as measured on an H200.
+    """How a kernel goes along a tile, as measured on an H200.
 
     Attributes:
-        wider: than the tile by this factor.
         of_thread: elements of a thread.
         registers: of a thread at most, on GPUs of NVIDIA. More programs at once are worth more than what is kept in
             memory for it.
     """
 
-    wider: int
     of_thread: int
     registers: int
 
 
 MOST_REGISTERS = 128
 STEPS = {
-    "pass_1": Steps(1, 32, 168),
-    "pass_2": Steps(1, 8, 40),
-    "count_masks": Steps(1, 8, 128),
-    "pass_3": Steps(1, 8, 80),
-    "pack": Steps(1, 8, 64),
+    # Sums along a tile go through memory from warp to warp: few warps.
+    "pass_1": Steps(of_thread=32, registers=168),
+    "pass_2": Steps(of_thread=8, registers=40),
+    "count_masks": Steps(of_thread=8, registers=128),
+    "pass_3": Steps(of_thread=8, registers=80),
+    "pack": Steps(of_thread=8, registers=64),
 }
 
 
@@ -80,14 +79,13 @@ class Variant(NamedTuple):
     apart: int
     short: bool
 
-    def launched(self, kernel: str) -> tuple[int, int, int]:
-        """Elements along a line at once, warps, and registers of a thread at most."""
+    def launched(self, kernel: str) -> tuple[int, int]:
+        """Warps, and registers of a thread at most."""
         steps = STEPS[kernel]
-        along = self.tile.along * (1 if self.short else steps.wider)
         # Formulas that are longer or move more have the registers for it.
         plain = self.on.factored and self.on.schedulefree and not (self.on.cautious or self.on.grams or self.on.atan2)
         registers = steps.registers if plain else max(steps.registers, MOST_REGISTERS)
-        return along, self.tile.lines * along // (32 * steps.of_thread), registers
+        return self.tile.lines * self.tile.along // (32 * steps.of_thread), registers
 
 
 class Launch(NamedTuple):
@@ -173,14 +171,11 @@ def cut(pieces: Sequence[Piece]) -> Cut:
 def _cut_piece(found: Cut, piece: Piece, index: int, variant: Variant) -> Columns | None:
     """Add the tasks of a piece; the sums along its lines, if it is a matrix that is summed."""
     sums = variant.on.matrix and variant.on.owned
-    lines, n = piece.lines, piece.n
+    lines, n, p = piece.lines, piece.n, piece.slice_p
     step = n if lines > 1 or sums else OF_A_LINE
-    for what, value, most in (("lines of elements", step, MOST_OF_TASK), ("slice_p", piece.slice_p, MOST_APART)):
+    for what, value, most in ((f"lines of {n} elements", step, MOST_OF_TASK), (f"slice_p={p}", p, MOST_APART)):
         if value > most:
-            raise ValueError(
-                f"{what}: {value:,} of a parameter is more than Triton's kernels count, which is {most:,}: set "
-                "PPSF_KERNELS=eager"
-            )
+            raise ValueError(f"{what}: Triton's kernels count up to {most}; set PPSF_KERNELS=eager for more")
     height = variant.tile.lines * max(1, OF_SHORT_LINES // max(1, variant.tile.lines * n))
     ranges = [
         (first, min(first + height, lines), begin, min(begin + step, n))
