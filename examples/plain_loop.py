@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 examples/plain_loop.py
 """
 
 import argparse
+import time
 from pathlib import Path
 
 import torch
@@ -83,5 +84,6 @@ with Monitor(optimizer, every=10, to=options.output / "run.jsonl", model=model) 
         loss = loss_of(torch.arange(64, device=device))
 if rank == 0:
     print(f"d {optimizer.get_d_estimate():.4e}, loss of the averaged weights: {loss.item():.4f}")
-dist.barrier()  # gloo's threads that still hold tensors when Python ends abort it
+dist.barrier()
 dist.destroy_process_group()
+time.sleep(0.1)  # after fully_shard gloo's threads go on, and one that still holds a tensor when Python ends aborts it

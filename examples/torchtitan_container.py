@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 examples/torchtitan_container.py
 """
 
 import argparse
+import time
 
 import torch
 import torch.distributed as dist
@@ -50,5 +51,6 @@ with averaged(optimizers, model), torch.no_grad():
     loss = loss_of(torch.arange(64)).item()
 if dist.get_rank() == 0:
     print(f"d {schedulers.get_metrics()['d']:.4e}, loss of the averaged weights: {loss:.4f}")
-dist.barrier()  # gloo's threads that still hold tensors when Python ends abort it
+dist.barrier()
 dist.destroy_process_group()
+time.sleep(0.1)  # after fully_shard gloo's threads go on, and one that still holds a tensor when Python ends aborts it

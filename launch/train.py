@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,6 +30,9 @@ from strategies import DTYPES, STRATEGIES, Trainer, UsageError
 EXIT_BY_SIGNAL = 128
 WRONG_USAGE = 2
 
+LETTING_GO = 0.1
+"""Seconds."""
+
 
 def main() -> int:
     """Runs one training and returns the exit code."""
@@ -44,6 +48,9 @@ def main() -> int:
         if ranks.rank == 0:
             print(f"train.py: error: {error}", file=sys.stderr)
     dist.destroy_process_group()
+    # torch's caches of DTensors keep the group, and with it gloo's threads. One that still holds a tensor when Python
+    # ends aborts it: they get the time to let go.
+    time.sleep(LETTING_GO)
     return code
 
 
