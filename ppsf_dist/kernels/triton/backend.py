@@ -142,10 +142,9 @@ class TritonPasses:
 
     def bind(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         self._memory.bind(weights, gradients)
-        table = self._with_alignment()
-        if table != self._bound:
-            self._bound = table
-            host = torch.frombuffer(table, dtype=torch.int64) if table else torch.empty(0, dtype=torch.int64)
+        if self._memory.table != self._bound:
+            self._bound = self._memory.table[:]
+            host = torch.frombuffer(self._with_alignment(), dtype=torch.int64)
             if self._device.type == "cuda":
                 # A new one each time: the allocator of pinned memory waits with its next owner until it has arrived.
                 host = host.pin_memory()
