@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 HIGH_HALF = tl.constexpr(0xFFFF0000)
+# Of the bits 0x7F7F0000.
 LARGEST_BF16 = tl.constexpr(3.3895313892515355e38)
 QUIET_NAN = tl.constexpr(0x7FC00000)
 ATAN2_SCALE = tl.constexpr(1.2732395)

@@ -59,12 +59,12 @@ def fetch(at, live, row, start, n, length, BM: tl.constexpr, BN: tl.constexpr, O
 
 
 @triton.jit
-def in_fp32(of, numbers, ON: tl.constexpr):
+def in_fp32(tile, of, ON: tl.constexpr):
     """What was fetched, as fp32; with the weights in the gradient, where they decay so."""
-    g, y = of.g.to(tl.float32), of.y.to(tl.float32)
+    g, y = tile.g.to(tl.float32), tile.y.to(tl.float32)
     if ON.coupled_decay:
-        g = y * numbers.weight_decay + g
-    return Fetched(g=g, y=y, z=of.z.to(tl.float32), m=of.m.to(tl.float32), v=of.v.to(tl.float32))
+        g = y * of.weight_decay + g
+    return Fetched(g=g, y=y, z=tile.z.to(tl.float32), m=tile.m.to(tl.float32), v=tile.v.to(tl.float32))
 
 
 @triton.jit
