@@ -260,9 +260,7 @@ class Engine(Planner):
         self.method.validate_step(self.groups)
         self.learning_rates.see(self.groups)
         self.numbers.absorb(self.groups)
-        # In C++ the host reads what it computes.
-        native = self.kernels.step_numbers(self.method, self.host.device)
-        numbers = native if self.host.free else self.method.step_numbers
+        numbers = self.kernels.step_numbers(self.method, self.host.device, host_reads=self.host.free)
         return numbers(self.numbers, self.groups, self.seed)
 
     def _drop_step(self) -> None:

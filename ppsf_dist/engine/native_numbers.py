@@ -30,8 +30,7 @@ class NumbersTable:
     """
 
     def __init__(self, parameters: Tensor, traits: Traits, buffers: Buffers, reductions: Reductions) -> None:
-        rows = ("stableadamw", "measured", "early_mask", "late_mask", "rounds_samples", "rounds_s")
-        bits = torch.stack([getattr(traits, name).long() << bit for bit, name in enumerate(rows)]).sum(0)
+        bits = traits.as_bits()
         self.outcome = reductions.last.outcome
         # The tensors live as long as the table.
         self._held = (bits, parameters, traits, buffers, reductions)
@@ -75,11 +74,6 @@ class NativePartNumbers(PartNumbers):
         super().__init__(step, parameters, traits, buffers)
         self._library, self._table = load(), table
         self._groups, self._of = byref(step.groups), byref(table.table)
-
-    @staticmethod
-    def covers(traits: Traits) -> bool:
-        """Whether it knows all that these parameters need. Ranks that hold parts of them find the same."""
-        return not (traits.any_adopt or traits.any_focus or traits.any_orthograd)
 
     def begin(self, moments: FactoredMoments) -> None:
         self.fill_coefficients()

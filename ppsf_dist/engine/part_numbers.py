@@ -14,6 +14,7 @@ from torch import Tensor
 from ppsf_dist.algorithm import direction, rounding
 from ppsf_dist.engine.host import HostAccess
 from ppsf_dist.engine.reductions import Outcome, Reductions
+from ppsf_dist.kernels.codes import TRAITS
 from ppsf_dist.kernels.interface import Buffers, KnownGates, Scales
 from ppsf_dist.methods.base import Cause, StepNumbers
 from ppsf_dist.methods.sums import Stat
@@ -125,6 +126,15 @@ class Traits:
             any_speed=any(s.speed for s in of_slot),
             any_random=any(rounds and s.stochastic_rounding for rounds, s in zip(bf16, of_slot, strict=True)),
         )
+
+    @property
+    def are_common(self) -> bool:
+        """Whether kernels know all numbers that these parameters need. Ranks that hold parts of them find the same."""
+        return not (self.any_adopt or self.any_focus or self.any_orthograd)
+
+    def as_bits(self) -> Tensor:
+        """Those that kernels ask for, by ``ppsf_dist.kernels.codes.TRAITS``: an int64 vector over parameters."""
+        return torch.stack([getattr(self, name).long() << bit for bit, name in enumerate(TRAITS)]).sum(0)
 
 
 @dataclass

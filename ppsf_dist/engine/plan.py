@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from functools import cached_property
 from itertools import compress, pairwise
 from typing import Any
 
@@ -15,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppsf_dist.algorithm.second_moment import factoring
+from ppsf_dist.engine.fast_numbers import NumbersOfParameters
 from ppsf_dist.engine.host import HostAccess, PendingCopy
-from ppsf_dist.engine.native_numbers import NumbersTable
 from ppsf_dist.engine.part_numbers import Traits
 from ppsf_dist.engine.reductions import Outcome, Reductions, portions_of
 from ppsf_dist.kernels.choice import ChosenKernels, ChosenPasses
@@ -137,6 +136,7 @@ class Plan:
             masks_late=masks_late,
         )
         self.buffers = self._make_buffers(coefficients)
+        self.numbers = NumbersOfParameters(self.parameters, self.traits, self.buffers, self.reductions)
         self.passes = self._prepare(frozen)
 
     def _sums_of(self, slot: int) -> int:
@@ -280,11 +280,6 @@ class Plan:
             self.bind()
         self.reductions.table.stats[:, Stat.PRESENT] = self._present
         self.reductions.last.outcome[Outcome.UNSOUND] = unsound
-
-    @cached_property
-    def numbers_table(self) -> NumbersTable:
-        """What C++ is told of the parameters, where it computes their numbers."""
-        return NumbersTable(self.parameters, self.traits, self.buffers, self.reductions)
 
     def bind(self) -> None:
         """Look at the weights and gradients of this step: what the host does for it.

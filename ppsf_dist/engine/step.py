@@ -7,10 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ppsf_dist.engine.native_numbers import NativePartNumbers
 from ppsf_dist.engine.part_numbers import Contribution, PartNumbers, Verdict
 from ppsf_dist.engine.plan import Plan
-from ppsf_dist.kernels.cpu.numbers import NativeProdigyPlusNumbers
 from ppsf_dist.kernels.interface import KnownGates
 from ppsf_dist.methods.base import Cause, StepNumbers
 from ppsf_dist.methods.sums import Stat
@@ -122,11 +120,7 @@ class PartStep:
     @cached_property
     def numbers(self) -> PartNumbers:
         """The numbers of this part's parameters."""
-        plan, step = self.plan, self._step
-        of = plan.parameters, plan.traits, plan.buffers
-        if isinstance(step, NativeProdigyPlusNumbers) and NativePartNumbers.covers(plan.traits):
-            return NativePartNumbers(step, *of, plan.numbers_table)
-        return PartNumbers(step, *of)
+        return self.plan.numbers.of_step(self._step)
 
     @cached_property
     def verdict(self) -> Verdict:

@@ -120,10 +120,19 @@ class ChosenKernels:
                 ) from error
             return Fast("eager", None, str(error))
 
-    def step_numbers(self, method: Method, device: torch.device) -> type[StepNumbers]:
-        """What computes the numbers of a step: as ``arithmetic``, all ranks have the same."""
-        native = NATIVE_NUMBERS if self._fast(device).name == "native" else {}
-        return native.get(method.step_numbers, method.step_numbers)
+    def step_numbers(self, method: Method, device: torch.device, *, host_reads: bool) -> type[StepNumbers]:
+        """What computes the numbers of a step: as ``arithmetic``, all ranks have the same.
+
+        Args:
+            host_reads: whether the host may read them at once: then C++ may compute them, and else Triton.
+        """
+        fast = self._fast(device).name
+        known: Mapping[type[StepNumbers], type[StepNumbers]] = {}
+        if fast == "native" and host_reads:
+            known = NATIVE_NUMBERS
+        elif fast == "triton" and not host_reads:
+            known = available.step_numbers()
+        return known.get(method.step_numbers, method.step_numbers)
 
     def prepare(
         self,

@@ -106,8 +106,10 @@ class StepNumbers(ABC):
         pauses: whether a group stands still, sums and moments included (bool); None where none does.
         moves: whether a group is written, as far as that is known before the sums are (bool); None where all are.
         unsound: how many groups have a number that is not finite.
+        backend: what computes them.
     """
 
+    backend = "torch"
     delta: Tensor
     c: Tensor
     q: Tensor

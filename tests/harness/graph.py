@@ -40,6 +40,39 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
+class _Counter(TorchDispatchMode):
+    def __init__(self, launched: list[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._launched = launched
+
+    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
+        # Others look at memory in another way, or ask for some.
+        if func.namespace == "aten" and not func.is_view and "empty" not in str(func):
+            self._launched.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def launches(function: Callable[[], object]) -> list[str]:
+    """What a function would launch on an accelerator, at least: torch's operators, and Triton's kernels."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launched: list[str] = []
+    launch = InterpretedFunction.run
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> None:
+        launched.append(self.fn.__name__)
+        with _disable_current_modes():
+            launch(self, *args, **kwargs)
+
+    InterpretedFunction.run = counting
+    try:
+        with _Counter(launched):
+            function()
+    finally:
+        InterpretedFunction.run = launch
+    return launched
+
+
 def record(function: Callable[[], object]) -> Callable[[], object]:
     """As ``ppsf_dist.captured.record_cuda_graph``. State is as before the recording when this returns."""
     from triton.runtime.interpreter import InterpretedFunction

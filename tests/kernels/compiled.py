@@ -8,6 +8,8 @@ import subprocess
 import tempfile
 from typing import Any
 
+from ppsf_dist.engine.group_numbers import OF_THE_STEP
+
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -40,12 +42,29 @@ BETWEEN: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
 }
 """What lies between the passes: its tables, its arguments, and what is compiled in."""
 
+_OF_GROUPS: dict[str, Any] = {"ON": None, "AT": None, "BLOCK": 32}
+_OF_PARAMETERS: dict[str, Any] = {"AT": None, "COLUMNS": 12, "BLOCK": 128}
+NUMBERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "begin_step": (("groups", "count"), {**_OF_GROUPS, "ARGUMENTS": 20}),
+    "end_step": (("groups", "totals", "after", "count"), _OF_GROUPS),
+    "fill_coefficients": (("groups", "of", "groups_count", "count"), {"ROWS": 16, "BLOCK": 128}),
+    "fill_keys": (("of", "seed", "count"), {"AT": None, "BLOCK": 128}),
+    "fill_scales": (("groups", "of", "groups_count", "count"), _OF_PARAMETERS),
+    "find_cause": (("of", "squares", "active", "cause", "count"), _OF_PARAMETERS),
+    "contribute": (
+        ("groups", "of", "active", "cause", "totals", "after", "groups_count", "count"),
+        {"ON": None, **_OF_PARAMETERS},
+    ),
+    "fill_gates": (("of", "active", "cause", "count"), {"AT": None, "BLOCK": 128}),
+}
+"""The numbers of groups and parameters, with everything on: arguments, and what is compiled in."""
+
 
 ON_SM_90 = (
     *[(kernel, dtype) for kernel in ("pass_1", "pass_2", "pass_3") for dtype in ("fp32", "bf16")],
     *[("pass_3", variant) for variant in VARIANTS],
     ("pass_1", "convolution"), ("count_masks", "cautious"), ("pack", "columns"),
-    *[(kernel, "") for kernel in BETWEEN],
+    *[(kernel, "") for kernel in (*BETWEEN, *NUMBERS)],
 )  # fmt: skip
 
 
@@ -70,14 +89,41 @@ def _tables() -> dict[str, Any]:
     return kinds | tables
 
 
+def _tables_of_numbers() -> dict[str, Any]:
+    """The same for the numbers of groups and parameters."""
+    from ppsf_dist.engine.triton_numbers import OfParameters
+    from ppsf_dist.kernels.triton.step_numbers import Groups
+
+    kinds = {
+        **dict.fromkeys(("traits", "group_of", "param_id"), "*i64"),
+        **dict.fromkeys(("moments_gate", "weights_gate"), "*u8"),
+        **dict.fromkeys(("coefficients", "scales"), "*fp32"),
+        "keys": "*i32",
+    }
+    return {
+        "groups": Groups._make(kinds.get(name, "*fp64") for name in Groups._fields),
+        "of": OfParameters._make(kinds.get(name, "*fp64") for name in OfParameters._fields),
+        **dict.fromkeys(("totals", "after", "cause", "squares"), "*fp64"),
+        **dict.fromkeys(("count", "groups_count"), "i32"),
+        "active": "*u8",
+        "seed": "i64",
+    }
+
+
 def _compile(
-    kernel: Any, arguments: tuple[str, ...], constants: dict[str, Any], target: str, warps: int, most: int | None = None
+    kernel: Any,
+    arguments: tuple[str, ...],
+    constants: dict[str, Any],
+    target: str,
+    warps: int,
+    most: int | None = None,
+    tables: dict[str, Any] | None = None,
 ) -> Any:
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    tables = _tables()
+    tables = _tables() if tables is None else tables
     signature = {**{name: tables[name] for name in arguments}, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     options = {"num_warps": warps, "enable_fp_fusion": False}
@@ -97,12 +143,28 @@ def compiled(kernel: str, what: str, target: str) -> Any:
         table, arguments, constants = BETWEEN[kernel]
         given = {name: rows if value is None else value for name, value in constants.items()}
         return _compile(getattr(between, kernel), (table, *arguments), given, target, 4)
+    if kernel in NUMBERS:
+        return _compiled_numbers(kernel, target)
     switches = {*VARIANTS.get(what, DEFAULT), *(IN_BF16 if what == "bf16" else ())}
     on = On(*[name in switches for name in On._fields])
     warps, most = Variant(on, 1, WIDE, apart=8, short=False).launched(kernel)
     cut = {"BM": WIDE.lines, "BN": WIDE.along, "BS": WIDE.along // 8, "SHORT": False}
     constants = {"ON": on, "ROWS": rows, "AXES": 1, **cut}
     return _compile(getattr(passes, kernel), ("plan", "first"), constants, target, warps, most)
+
+
+def _compiled_numbers(kernel: str, target: str) -> Any:
+    from ppsf_dist.kernels.triton import numbers, numbers_of_parameters, step_numbers
+    from ppsf_dist.methods.prodigy_plus import ProdigyPlus
+
+    arguments, constants = NUMBERS[kernel]
+    everything = {
+        "ON": step_numbers.On(*[True] * len(step_numbers.On._fields)),
+        "AT": step_numbers.rows_of((*ProdigyPlus.numbers, *OF_THE_STEP)),
+    }
+    given = {name: everything[name] if value is None else value for name, value in constants.items()}
+    function = getattr(numbers, kernel, None) or getattr(numbers_of_parameters, kernel)
+    return _compile(function, arguments, given, target, 4, tables=_tables_of_numbers())
 
 
 def registers(target: str, code: Any) -> tuple[int, int]:

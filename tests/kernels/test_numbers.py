@@ -1,4 +1,7 @@
-"""The numbers between the passes in C++ against those that torch computes, for groups and for parameters."""
+"""The numbers between the passes in C++ and by Triton against those that torch computes, for groups and for parameters.
+
+Triton interprets, which it does on ranks of the pool.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,19 @@ import math
 import warnings
 from typing import Any
 
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ppsf_dist import ProdigyPlusScheduleFree
+from ppsf_dist.engine.fast_numbers import NumbersOfParameters
 from ppsf_dist.engine.group_numbers import GroupNumbers
 from ppsf_dist.engine.host import HostAccess
-from ppsf_dist.engine.native_numbers import NativePartNumbers, NumbersTable
 from ppsf_dist.engine.part_numbers import PartNumbers, Traits
 from ppsf_dist.engine.reductions import Outcome, Reductions
-from ppsf_dist.kernels.cpu.numbers import KNOWN, NativeProdigyPlusNumbers
+from ppsf_dist.kernels.cpu.numbers import NativeProdigyPlusNumbers
 from ppsf_dist.kernels.interface import Buffers, Coefficients, Gates, Scales
 from ppsf_dist.methods.base import Cause, Total
 from ppsf_dist.methods.prodigy_plus import POOLED, PRODIGY_PLUS, ProdigyPlus, ProdigyPlusNumbers
@@ -26,6 +30,8 @@ from ppsf_dist.sharding import Team
 from ppsf_dist.sharding.slots import Slot, SlotTable
 from ppsf_dist.state.inventory import PARAMETER_NUMBERS
 from ppsf_dist.state.moments import FactoredMoments
+from tests.harness.kernels import interpreted
+from tests.harness.pool import run
 from tests.switches import EVERY
 
 CPU = torch.device("cpu")
@@ -80,9 +86,17 @@ def groups(draw: st.DrawFn, switches: dict[str, dict[str, Any]] = EVERY) -> list
     return of
 
 
-def both(of: list[dict[str, Any]]) -> tuple[NativeProdigyPlusNumbers, ProdigyPlusNumbers]:
+def fast_numbers_of(backend: str) -> type[ProdigyPlusNumbers]:
+    if backend == "native":
+        return NativeProdigyPlusNumbers
+    from ppsf_dist.kernels.triton.step_numbers import TritonProdigyPlusNumbers
+
+    return TritonProdigyPlusNumbers
+
+
+def both(of: list[dict[str, Any]], backend: str) -> tuple[ProdigyPlusNumbers, ProdigyPlusNumbers]:
     numbers = GroupNumbers(PRODIGY_PLUS, of, HostAccess(CPU))
-    return NativeProdigyPlusNumbers(numbers, of, seed=3), ProdigyPlusNumbers(numbers, of, seed=3)
+    return fast_numbers_of(backend)(numbers, of, seed=3), ProdigyPlusNumbers(numbers, of, seed=3)
 
 
 def test_its_rows_are_those_of_the_method() -> None:
@@ -112,17 +126,42 @@ def test_its_rows_are_those_of_the_method() -> None:
 @given(groups(), st.data())
 def test_groups(of: list[dict[str, Any]], data: st.DataObject) -> None:
     """What a step begins and ends with, for every switch; also if it is void or a number is not finite."""
+    compare_groups(of, data, "native")
+
+
+@pytest.mark.dist
+def test_groups_by_triton() -> None:
+    """A third of them is in a second round of a program."""
+    run(1, interpreted, _two_groups_at_once)
+
+
+def _two_groups_at_once() -> None:
+    from ppsf_dist.kernels.triton import step_numbers
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_numbers, "GROUPS_AT_ONCE", 2)
+        _groups_by_triton()
+
+
+@settings(max_examples=40, deadline=None, database=None, phases=[Phase.generate])
+@given(groups(), st.data())
+def _groups_by_triton(of: list[dict[str, Any]], data: st.DataObject) -> None:
+    compare_groups(of, data, "triton")
+
+
+def compare_groups(of: list[dict[str, Any]], data: st.DataObject, backend: str) -> None:
     broken = data.draw(st.sampled_from((None, None, None, "d", "lr", "weight_decay")))
     if broken is not None:
         of[-1][broken] = data.draw(st.sampled_from((math.nan, math.inf)))
-    native, torchs = both(of)
+    native, torchs = both(of, backend)
     for name in ("k", "d", "delta", "c", "q", "beta2", "_weight", "_weight_sum"):
         close(getattr(native, name), getattr(torchs, name))
-    assert len(native._known) == len(KNOWN)
+    assert native.backend == backend
     assert int(native.unsound) == int(torchs.unsound) == (broken is not None)
-    assert (native.adapts is None) == (torchs.adapts is None)
-    if native.adapts is not None and torchs.adapts is not None:
-        assert native.adapts.tolist() == torchs.adapts.tolist()
+    if backend == "native":
+        assert (native.adapts is None) == (torchs.adapts is None)
+        if native.adapts is not None and torchs.adapts is not None:
+            assert native.adapts.tolist() == torchs.adapts.tolist()
     in_fp32(native.table(PRODIGY_PLUS.coefficients), torchs.table(PRODIGY_PLUS.coefficients))
 
     row = st.lists(st.one_of(signed, st.just(0.0)), min_size=len(of), max_size=len(of))
@@ -201,14 +240,42 @@ class Part:
 @given(groups(COVERED), st.data())
 def test_parameters(of: list[dict[str, Any]], data: st.DataObject) -> None:
     """Coefficients, keys, scales, verdicts, contributions and gates, for every switch that C++ knows."""
+    compare_parameters(of, data, "native")
+
+
+@pytest.mark.dist
+def test_parameters_by_triton() -> None:
+    """The fifth and sixth are in a second program, or a second round of one."""
+    run(1, interpreted, _four_parameters_at_once)
+
+
+def _four_parameters_at_once() -> None:
+    from ppsf_dist.engine import triton_numbers
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_numbers, "AT_ONCE", 4)
+        _parameters_by_triton()
+
+
+@settings(max_examples=40, deadline=None, database=None, phases=[Phase.generate])
+@given(groups(COVERED), st.data())
+def _parameters_by_triton(of: list[dict[str, Any]], data: st.DataObject) -> None:
+    compare_parameters(of, data, "triton")
+
+
+def compare_parameters(of: list[dict[str, Any]], data: st.DataObject, backend: str) -> None:
     part = Part(of, data)
-    assert NativePartNumbers.covers(part.traits)
-    step, with_torch = both(of)
+    assert part.traits.are_common
+    step, with_torch = both(of, backend)
     ours, theirs = part.buffers(), part.buffers()
-    table = NumbersTable(part.parameters, part.traits, ours, part.reductions)
-    native = NativePartNumbers(step, part.parameters, part.traits, ours, table)
+    native = NumbersOfParameters(part.parameters, part.traits, ours, part.reductions).of_step(step)
     torchs = PartNumbers(with_torch, part.parameters, part.traits, theirs)
+    assert type(native) is not PartNumbers
+    if backend == "triton":
+        assert list(step.rows.outcome._fields) == [outcome.name.lower() for outcome in Outcome]  # type: ignore[attr-defined]
     stats, host = part.reductions.table.stats, HostAccess(CPU)
+    # Triton computes where the host does not read.
+    host.free = backend == "native"
     for numbers in (native, torchs):
         numbers.begin(part.moments)
         numbers.fill_scales(stats)
@@ -219,7 +286,7 @@ def test_parameters(of: list[dict[str, Any]], data: st.DataObject) -> None:
     assert here.active.tolist() == there.active.tolist()
     assert here.known == there.known and here.cause == there.cause
     endings = [here]
-    if here.known is not None and here.known.cause == Cause.GRADIENT:
+    if here.cause == Cause.GRADIENT:
         endings.append(here.with_cause(Cause.WEIGHTS))
     for ending in endings:
         made, expected = native.contribution(stats, ending), torchs.contribution(stats, ending)

@@ -20,10 +20,13 @@ import torch
 from torch import nn
 
 from ppsf_dist import ProdigyPlusScheduleFree, kernels
+from ppsf_dist.engine.host import HostAccess
+from ppsf_dist.engine.part_numbers import Contribution
 from ppsf_dist.kernels.codes import COEFFICIENTS, Flag, Piece, Sum
 from ppsf_dist.kernels.triton.cutting import STEPS, cut
 from ppsf_dist.kernels.triton.tables import On, Rows
 from ppsf_dist.methods.sums import Stat
+from tests.harness import graph
 from tests.harness.kernels import interpreted
 from tests.harness.kernels import kernels as kernels_of
 from tests.harness.layouts import LAYOUTS, Layout
@@ -94,22 +97,68 @@ def test_lines_as_long_as_32_bits_hold_are_a_task_each() -> None:
 
 
 SHAPES = [("matrix", (40, 12)), ("vector", (7,)), ("stack", (3, 33, 4))]
+IN_TURN = ("default", "speed", "unfactored", "bias_correction", "weight_decay", "moving_d")
 LAYOUTS_IN_TURN = [name for name, layout in LAYOUTS.items() if 1 < layout.world_size <= 3]
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("name", "switch"), rotated(LAYOUTS_IN_TURN, ("default", "speed", "unfactored"), rounds=1))
+@pytest.mark.parametrize(("name", "switch"), rotated(LAYOUTS_IN_TURN, IN_TURN, rounds=1))
 def test_every_layout_gives_the_run_of_one_process(name: str, switch: str) -> None:
-    """Beside the C++ kernels in one process."""
+    """Beside the C++ kernels in one process. Numbers too are Triton's, since the host does not read them."""
     reference = open_loop(SINGLE, SHAPES, 3, groups=2, **EVERY[switch])
-    runs: list[Run] = run(LAYOUTS[name].world_size, interpreted, _trained, LAYOUTS[name], switch)
-    assert all(other.groups == runs[0].groups for other in runs)
-    apart = difference(runs[0], reference)
+    runs: list[tuple[Run, int]] = run(LAYOUTS[name].world_size, interpreted, _trained, LAYOUTS[name], switch)
+    assert all(steps == 3 for _, steps in runs)
+    assert all(other.groups == runs[0][0].groups for other, _ in runs)
+    apart = difference(runs[0][0], reference)
     assert apart["d"] <= 1e-6 and apart["weights"] <= 1e-5, apart
 
 
-def _trained(layout: Layout, switch: str) -> Run:
-    return open_loop_without_start(layout, SHAPES, 3, groups=2, **EVERY[switch])
+def _trained(layout: Layout, switch: str) -> tuple[Run, int]:
+    """A run as on an accelerator, and how many of its steps added up by Triton."""
+    from ppsf_dist.engine.triton_numbers import TritonPartNumbers
+
+    steps, contribution = 0, TritonPartNumbers.contribution
+
+    def counted(*arguments: Any) -> Contribution:
+        nonlocal steps
+        steps += 1
+        return contribution(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HostAccess, "free", property(lambda host: False, lambda host, free: None), raising=False)
+        patch.setattr(TritonPartNumbers, "contribution", counted)
+        return open_loop_without_start(layout, SHAPES, 3, groups=2, **EVERY[switch]), steps
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("switch", ["default", "speed"])
+def test_what_a_step_launches_does_not_grow_with_parameters_and_groups(switch: str) -> None:
+    """Three passes over matrices and over vectors, eight kernels of their sums and moments, seven of numbers; and eleven
+    operators of torch, which empty what is summed and copy."""
+    few, many = run(1, interpreted, _launched, switch)[0]
+    assert few == many
+    kernels_ = [name for name in few if not name.startswith("aten")]
+    assert len(kernels_) <= 6 + 8 + 7 and len(few) <= len(kernels_) + 11, few
+
+
+def _launched(switch: str) -> list[list[str]]:
+    """By a step of two parameters in one group, and by one of six in three."""
+    return [_launched_by(1, 1, switch), _launched_by(3, 3, switch)]
+
+
+def _launched_by(pairs: int, groups: int, switch: str) -> list[str]:
+    made = [nn.Parameter(torch.ones(shape)) for _ in range(pairs) for shape in ((40, 12), (7,))]
+    size = len(made) // groups
+    optimizer = ProdigyPlusScheduleFree(
+        [{"params": made[at : at + size]} for at in range(0, len(made), size)], **EVERY[switch]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HostAccess, "free", property(lambda host: False, lambda host, free: None), raising=False)
+        for _ in range(2):
+            for p in made:
+                p.grad = torch.full_like(p, 0.01)
+            launched = graph.launches(optimizer.step)
+    return launched
 
 
 def _two_steps(past_torch: bool) -> tuple[list[Any], str]:

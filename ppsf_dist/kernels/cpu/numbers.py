@@ -11,13 +11,11 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
+from ppsf_dist.kernels.codes import KNOWN
 from ppsf_dist.kernels.cpu.library import load
 from ppsf_dist.kernels.cpu.tables import GroupsTable
 from ppsf_dist.methods.base import StepNumbers
 from ppsf_dist.methods.prodigy_plus import PRODIGY_PLUS, ProdigyPlusNumbers
-
-KNOWN = ("k", "d", "delta", "c", "q", "beta2", "weight", "weight_sum", "adapts", "unsound")
-"""What a step knows of a group from its beginning on. The mirror of ``known`` in ``numbers.h``."""
 
 
 class NativeProdigyPlusNumbers(ProdigyPlusNumbers):
@@ -26,6 +24,8 @@ class NativeProdigyPlusNumbers(ProdigyPlusNumbers):
     Attributes:
         groups: what C++ is told of them, for this step.
     """
+
+    backend = "native"
 
     def _begin(self) -> None:
         numbers, first, count = self._numbers, self._groups[0], len(self._groups)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch
 
 from ppsf_dist.kernels.cpu.source import Unavailable
 from ppsf_dist.kernels.interface import Kernels
+from ppsf_dist.methods.base import StepNumbers
 
 
 def load(device: torch.device) -> Kernels:
@@ -23,3 +25,10 @@ def load(device: torch.device) -> Kernels:
     except ImportError as error:
         raise Unavailable(f"Triton cannot be imported ({error}): pip install triton") from error
     return TritonKernels()
+
+
+def step_numbers() -> Mapping[type[StepNumbers], type[StepNumbers]]:
+    """What computes the numbers of a step by Triton, by what computes them with torch, where ``load`` has found it."""
+    from ppsf_dist.kernels.triton.step_numbers import TRITON_NUMBERS
+
+    return TRITON_NUMBERS

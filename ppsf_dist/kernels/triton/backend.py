@@ -18,6 +18,7 @@ from ppsf_dist.kernels.memory import Memory, State
 from ppsf_dist.kernels.pieces import LIKE_WEIGHTS, all_pieces
 from ppsf_dist.kernels.triton import between, passes
 from ppsf_dist.kernels.triton.cutting import Cut, Launch, cut, only_whole_matrices, vectors_of
+from ppsf_dist.kernels.triton.launching import run
 from ppsf_dist.kernels.triton.tables import ADDRESS_COLUMNS, Columns, MomentsOnDevice, On, Plan, Rows, Sizes
 from ppsf_dist.methods.sums import Stat
 from ppsf_dist.methods.switches import Switches
@@ -171,7 +172,7 @@ class TritonPasses:
         variant = launch.variant
         warps, registers = variant.launched(kernel.__name__)
         limits = {} if torch.version.hip is not None else {"maxnreg": registers}
-        _run(
+        run(
             kernel, launch.tasks, self._plan, launch.first, ON=variant.on, ROWS=self._rows, AXES=variant.axes,
             BM=variant.tile.lines, BN=variant.tile.along, BS=variant.tile.along // variant.apart, SHORT=variant.short,
             num_warps=warps, **limits,
@@ -190,15 +191,15 @@ class TritonPasses:
             for launch in launches:
                 self._launch(passes.pass_1, launch)
             for columns, blocks, programs, (tiles, at_once) in sums:
-                _run(between.add_columns, programs, plan, columns, blocks, BT=tiles, BN=at_once)
+                run(between.add_columns, programs, plan, columns, blocks, BT=tiles, BN=at_once)
         vectors, blocks, programs, boxes = self._vectors
-        _run(between.add_vectors, programs, plan, vectors, boxes, blocks, BLOCK=VECTOR_AT_ONCE)
+        run(between.add_vectors, programs, plan, vectors, boxes, blocks, BLOCK=VECTOR_AT_ONCE)
         self._add_results(self._buffers.stats, OF_PASS_1)
 
     def _add_results(self, table: Tensor, sums: tuple[Sum, ...]) -> None:
         slots, firsts, order, count = self._of_slot
         of = tuple(int(sum_) for sum_ in sums)
-        _run(
+        run(
             between.add_results, count * len(of), self._plan, table, slots, firsts, order, SUMS=of, COUNT=len(of),
             BT=TASKS_AT_ONCE,
         )  # fmt: skip
@@ -264,7 +265,7 @@ class _Moments:
         self._means = torch.empty(self._cells, device=moments.values.device)
 
     def update(self) -> None:
-        _run(
+        run(
             between.update_moments, triton.cdiv(self._count, BLOCK), self._plan, self._tables,
             self._buffers.new_moments, self._count, ROWS=self._rows, BLOCK=BLOCK,
             ANY_BF16=self._moments.in_bf16 is not None,
@@ -275,26 +276,15 @@ class _Moments:
         if buffers.adopt is not None and self._count:
             waits = buffers.adopt[self._moments.slot_of]
             torch.where(waits, self._moments.values, buffers.new_moments, out=tables.of_factors)
-        _run(between.fill_roots, triton.cdiv(self._count, BLOCK), self._plan, tables, self._count, BLOCK=BLOCK)
-        _run(between.average_cells, self._cells, tables, self._means, self._starts, BLOCK=BLOCK)
-        _run(
+        run(between.fill_roots, triton.cdiv(self._count, BLOCK), self._plan, tables, self._count, BLOCK=BLOCK)
+        run(between.average_cells, self._cells, tables, self._means, self._starts, BLOCK=BLOCK)
+        run(
             between.scale_rows, triton.cdiv(rows, BLOCK), self._plan, tables, self._means, rows, BLOCK=BLOCK,
             ANY_CELLS=self._cells > 0,
         )  # fmt: skip
 
     def write(self) -> None:
-        _run(
+        run(
             between.write_moments, triton.cdiv(self._count, BLOCK), self._plan, self._tables,
             self._buffers.new_moments, self._count, BLOCK=BLOCK,
         )  # fmt: skip
-
-
-def _run(kernel: Any, programs: int, tables: Plan | MomentsOnDevice, *arguments: Any, **constants: Any) -> None:
-    """Launch so many programs on the device where the tables are, which need not be the current one.
-
-    Nothing is fused that does not say so: the bits are those of the eager kernels.
-    """
-    if not programs:
-        return
-    with torch.cuda.device_of(tables[0]):
-        kernel[(programs,)](tables, *arguments, enable_fp_fusion=False, **constants)
