@@ -133,7 +133,7 @@ def _trained(layout: Layout, switch: str) -> tuple[Run, int]:
 @pytest.mark.dist
 @pytest.mark.parametrize("switch", ["default", "speed"])
 def test_what_a_step_launches_does_not_grow_with_parameters_and_groups(switch: str) -> None:
-    """Three passes over matrices and over vectors, eight kernels of their sums and moments, seven of numbers; and eleven
+    """Three passes over matrices and vectors, eight kernels of their sums and moments, seven of numbers; and eleven
     operators of torch, which empty what is summed and copy."""
     few, many = run(1, interpreted, _launched, switch)[0]
     assert few == many
@@ -260,6 +260,20 @@ def test_without_an_interpreter_a_cpu_has_none(monkeypatch: pytest.MonkeyPatch) 
     ):
         optimizer.step()
     assert torch.equal(p, torch.ones(3))
+
+
+def test_launched_by_triton_itself(tmp_path: Path) -> None:
+    """All but the GPU: what the interpreter lets pass and a launch refuses. Nothing is compiled again after two steps,
+    wherever gradients lie.
+    """
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": ""}
+    command = [sys.executable, "-m", "tests.kernels.launched"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+    assert not done.returncode, done.stderr
+    in_fp32, in_bf16 = json.loads(done.stdout)
+    numbers = {"begin_step", "fill_coefficients", "fill_scales", "find_cause", "contribute", "fill_gates", "end_step"}
+    assert {"pass_1", "pass_2", "pass_3"} | numbers <= set(in_fp32)
+    assert set(in_bf16) == {*in_fp32, "fill_keys"}
 
 
 def test_compiled_for_gpus_that_are_not_here(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ import triton.language as tl
 
 from ppsf_dist.kernels.triton import element, numbers, walk
 
-NAN = tl.constexpr(float("nan"))
+# Its bits: a global that differs from itself has changed, Triton says, and refuses to launch again.
+NAN = tl.constexpr(0x7FF8000000000000)
 OF_PARAMETER = tl.constexpr(0x632BE5AB)
 SMALLEST_MASK = tl.constexpr(1e-3)
 SMALLEST_LENGTH = tl.constexpr(1e-8)
@@ -91,8 +92,9 @@ def find_cause(
         i = start + tl.arange(0, BLOCK)
         here = i < count
         tl.store(active + i, (sum_of(of, i, here, AT.stat.present, COLUMNS) > 0.0).to(tl.uint8), mask=here)
-        for number in tl.static_range(AT.stat.dot, AT.stat.late_mask):
-            weights += tl.where(numbers.is_finite(sum_of(of, i, here, number, COLUMNS)), 0.0, 1.0)
+        for number in tl.static_range(COLUMNS):
+            if number >= AT.stat.dot and number < AT.stat.late_mask:
+                weights += tl.where(numbers.is_finite(sum_of(of, i, here, number, COLUMNS)), 0.0, 1.0)
         gradients += tl.where(numbers.is_finite(sum_of(of, i, here, AT.stat.largest_square, COLUMNS)), 0.0, 1.0)
     found = tl.where(tl.sum(weights) > 0.0, AT.cause.weights, AT.cause.nothing)
     sound = (tl.sum(gradients) == 0.0) & numbers.is_finite(tl.load(squares))
@@ -163,7 +165,8 @@ def contribute(
         denominators += tl.where(counts, denominator, 0.0)
         moved += tl.where(moves, 1.0, 0.0)
         gradient_squares += tl.where(moves, sum_of(of, i, here, AT.stat.gg, COLUMNS), 0.0)
-        update_squares += tl.where(moves, tl.where(has(traits, AT.trait.measured), update, NAN), 0.0)
+        unknown = tl.full([BLOCK], NAN, tl.int64).to(tl.float64, bitcast=True)
+        update_squares += tl.where(moves, tl.where(has(traits, AT.trait.measured), update, unknown), 0.0)
     to = totals + g
     tl.store(to + AT.total.numerator * groups_count, tl.sum(numerators))
     tl.store(to + AT.total.denominator * groups_count, tl.sum(denominators))
