@@ -35,7 +35,7 @@ from tests.harness.pool import run
 from tests.switches import EVERY
 
 CPU = torch.device("cpu")
-WIDE = ("split_groups", "split_groups_mean", "reference_quirks", *POOLED)
+WIDE = ("split_groups", "split_groups_mean", "reference_quirks")
 SHAPES = ((16, 64), (7,), (40, 3), (), (5, 33, 2))
 
 COVERED = {
@@ -61,14 +61,17 @@ def in_fp32(native: Tensor, torchs: Tensor) -> None:
 
 @st.composite
 def groups(draw: st.DrawFn, switches: dict[str, dict[str, Any]] = EVERY) -> list[dict[str, Any]]:
-    """One to three validated groups with a switch each, and the numbers of some step."""
+    """One to five validated groups with a switch each, and the numbers of some step."""
     some = st.sampled_from(sorted(switches))
-    first = switches[draw(some)]
+    of_all = st.sampled_from(sorted(name for name, switch in switches.items() if {*WIDE} & {*switch}))
+    first = switches[draw(st.one_of(some, of_all))]
+    # What all groups must agree on is the first one's.
+    shared = WIDE if first.get("split_groups", True) else (*WIDE, *POOLED)
     made: list[dict[str, Any]] = []
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(draw(st.sampled_from((1, 2, 3, 5)))):
         other = switches[draw(some)] if made else first
-        wide = {name: first[name] for name in WIDE if name in first}
-        other = {name: value for name, value in other.items() if name not in WIDE} | wide
+        wide = {name: first[name] for name in shared if name in first}
+        other = {name: value for name, value in other.items() if name not in shared} | wide
         lr = draw(st.sampled_from((1.0, 0.5, 0.0)))
         made.append({"params": [torch.nn.Parameter(torch.zeros(2))], **other, "lr": lr})
     with warnings.catch_warnings():
@@ -131,15 +134,15 @@ def test_groups(of: list[dict[str, Any]], data: st.DataObject) -> None:
 
 @pytest.mark.dist
 def test_groups_by_triton() -> None:
-    """A third of them is in a second round of a program."""
-    run(1, interpreted, _two_groups_at_once)
+    """The fifth is in a second round of a program."""
+    run(1, interpreted, _four_groups_at_once)
 
 
-def _two_groups_at_once() -> None:
+def _four_groups_at_once() -> None:
     from ppsf_dist.kernels.triton import step_numbers
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_numbers, "GROUPS_AT_ONCE", 2)
+        patch.setattr(step_numbers, "GROUPS_AT_ONCE", 4)
         _groups_by_triton()
 
 
@@ -190,7 +193,7 @@ class Part:
     def __init__(self, of: list[dict[str, Any]], data: st.DataObject) -> None:
         switches = [PRODIGY_PLUS.switches(group) for group in of]
         dtype = st.sampled_from(("torch.float32", "torch.bfloat16"))
-        count = data.draw(st.integers(1, 6))
+        count = data.draw(st.sampled_from((1, 2, 4, 7, 10)))
         slots = tuple(
             Slot(data.draw(st.integers(0, len(of) - 1)), SHAPES[i % len(SHAPES)], data.draw(dtype), 3 * i)
             for i in range(count)
@@ -212,10 +215,10 @@ class Part:
         self.reductions.sums.fill_(data.draw(st.sampled_from((1.0, 1.0, 1.0, math.inf))))
         where = data.draw(st.sampled_from((None, None, None, Stat.LARGEST_SQUARE, Stat.DOT, Stat.UU, Stat.GG)))
         if where is not None:
-            stats[-1, where] = data.draw(st.sampled_from((math.nan, math.inf)))
+            stats[data.draw(st.integers(0, count - 1)), where] = data.draw(st.sampled_from((math.nan, math.inf)))
         # What no rank has a gradient of adds nothing.
         stats[stats[:, Stat.PRESENT] == 0, Stat.GG] = 0.0
-        outcome = data.draw(st.sampled_from((None, None, None, *Outcome)))
+        outcome = data.draw(st.sampled_from((*[None] * 6, *Outcome)))
         if outcome is not None:
             self.reductions.last.outcome[outcome] = 1.0
         self.count = count
@@ -245,15 +248,15 @@ def test_parameters(of: list[dict[str, Any]], data: st.DataObject) -> None:
 
 @pytest.mark.dist
 def test_parameters_by_triton() -> None:
-    """The fifth and sixth are in a second program, or a second round of one."""
-    run(1, interpreted, _four_parameters_at_once)
+    """The ninth and tenth are in a second program, or a second round of one."""
+    run(1, interpreted, _eight_parameters_at_once)
 
 
-def _four_parameters_at_once() -> None:
+def _eight_parameters_at_once() -> None:
     from ppsf_dist.engine import triton_numbers
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_numbers, "AT_ONCE", 4)
+        patch.setattr(triton_numbers, "AT_ONCE", 8)
         _parameters_by_triton()
 
 
