@@ -72,6 +72,8 @@ def groups(draw: st.DrawFn, switches: dict[str, dict[str, Any]] = EVERY) -> list
         other = switches[draw(some)] if made else first
         wide = {name: first[name] for name in shared if name in first}
         other = {name: value for name, value in other.items() if name not in shared} | wide
+        if shared is WIDE and draw(st.booleans()):
+            other["prodigy_steps"] = 5
         lr = draw(st.sampled_from((1.0, 0.5, 0.0)))
         made.append({"params": [torch.nn.Parameter(torch.zeros(2))], **other, "lr": lr})
     with warnings.catch_warnings():
@@ -288,6 +290,11 @@ def compare_parameters(of: list[dict[str, Any]], data: st.DataObject, backend: s
     here, there = (numbers.verdict(part.reductions, host) for numbers in (native, torchs))
     assert here.active.tolist() == there.active.tolist()
     assert here.known == there.known and here.cause == there.cause
+    for where in data.draw(st.lists(st.sampled_from(Stat), min_size=4, max_size=4)):
+        kept = stats[0, where].item()
+        stats[0, where] = math.nan
+        assert native.verdict(part.reductions, host).cause == torchs.verdict(part.reductions, host).cause, where
+        stats[0, where] = kept
     endings = [here]
     if here.cause == Cause.GRADIENT:
         endings.append(here.with_cause(Cause.WEIGHTS))
