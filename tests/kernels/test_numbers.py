@@ -163,10 +163,9 @@ def compare_groups(of: list[dict[str, Any]], data: st.DataObject, backend: str) 
         close(getattr(native, name), getattr(torchs, name))
     assert native.backend == backend
     assert int(native.unsound) == int(torchs.unsound) == (broken is not None)
-    if backend == "native":
-        assert (native.adapts is None) == (torchs.adapts is None)
-        if native.adapts is not None and torchs.adapts is not None:
-            assert native.adapts.tolist() == torchs.adapts.tolist()
+    assert (native.adapts is None) == (torchs.adapts is None)
+    if native.adapts is not None and torchs.adapts is not None:
+        assert native.adapts.tolist() == torchs.adapts.tolist()
     in_fp32(native.table(PRODIGY_PLUS.coefficients), torchs.table(PRODIGY_PLUS.coefficients))
 
     row = st.lists(st.one_of(signed, st.just(0.0)), min_size=len(of), max_size=len(of))

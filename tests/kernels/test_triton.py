@@ -17,11 +17,10 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ppsf_dist import ProdigyPlusScheduleFree, kernels
 from ppsf_dist.engine.host import HostAccess
-from ppsf_dist.engine.part_numbers import Contribution
 from ppsf_dist.kernels.codes import COEFFICIENTS, Flag, Piece, Sum
 from ppsf_dist.kernels.triton.cutting import STEPS, cut
 from ppsf_dist.kernels.triton.tables import On, Rows
@@ -97,7 +96,7 @@ def test_lines_as_long_as_32_bits_hold_are_a_task_each() -> None:
 
 
 SHAPES = [("matrix", (40, 12)), ("vector", (7,)), ("stack", (3, 33, 4))]
-IN_TURN = ("default", "speed", "unfactored", "bias_correction", "weight_decay", "moving_d")
+IN_TURN = ("default", "speed", "unfactored", "bias_correction", "weight_decay", "moving_d", "adopt")
 LAYOUTS_IN_TURN = [name for name, layout in LAYOUTS.items() if 1 < layout.world_size <= 3]
 
 
@@ -114,19 +113,19 @@ def test_every_layout_gives_the_run_of_one_process(name: str, switch: str) -> No
 
 
 def _trained(layout: Layout, switch: str) -> tuple[Run, int]:
-    """A run as on an accelerator, and how many of its steps added up by Triton."""
-    from ppsf_dist.engine.triton_numbers import TritonPartNumbers
+    """A run as on an accelerator, and how many of its steps had numbers of Triton."""
+    from ppsf_dist.kernels.triton.step_numbers import TritonProdigyPlusNumbers
 
-    steps, contribution = 0, TritonPartNumbers.contribution
+    steps, after = 0, TritonProdigyPlusNumbers._numbers_after
 
-    def counted(*arguments: Any) -> Contribution:
+    def counted(*arguments: Any) -> Tensor:
         nonlocal steps
         steps += 1
-        return contribution(*arguments)
+        return after(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HostAccess, "free", property(lambda host: False, lambda host, free: None), raising=False)
-        patch.setattr(TritonPartNumbers, "contribution", counted)
+        patch.setattr(TritonProdigyPlusNumbers, "_numbers_after", counted)
         return open_loop_without_start(layout, SHAPES, 3, groups=2, **EVERY[switch]), steps
 
 

@@ -132,8 +132,11 @@ class TritonProdigyPlusNumbers(ProdigyPlusNumbers):
             numbers.begin_step, 1, self.tables, count, ON=self.on, AT=self.rows, ARGUMENTS=len(PRODIGY_PLUS.hyper),
             BLOCK=GROUPS_AT_ONCE,
         )  # fmt: skip
-        self.k, self.d, self.delta, self.c, self.q, self.beta2, self._weight, self._weight_sum, _, unsound = known
+        rows = known.unbind()
+        self.k, self.d, self.delta, self.c, self.q, self.beta2, self._weight, self._weight_sum, adapts, unsound = rows
         self.unsound = unsound[0]
+        if self._any("prodigy_steps"):
+            self.adapts = adapts > 0
 
     def _numbers_after(self, totals: Tensor) -> Tensor:
         after = torch.empty_like(self._numbers.values)
