@@ -148,7 +148,7 @@ def _four_groups_at_once() -> None:
         _groups_by_triton()
 
 
-@settings(max_examples=40, deadline=None, database=None, phases=[Phase.generate])
+@settings(max_examples=30, deadline=None, database=None, phases=[Phase.generate])
 @given(groups(), st.data())
 def _groups_by_triton(of: list[dict[str, Any]], data: st.DataObject) -> None:
     compare_groups(of, data, "triton")
@@ -261,7 +261,7 @@ def _eight_parameters_at_once() -> None:
         _parameters_by_triton()
 
 
-@settings(max_examples=40, deadline=None, database=None, phases=[Phase.generate])
+@settings(max_examples=30, deadline=None, database=None, phases=[Phase.generate])
 @given(groups(COVERED), st.data())
 def _parameters_by_triton(of: list[dict[str, Any]], data: st.DataObject) -> None:
     compare_parameters(of, data, "triton")

@@ -130,27 +130,24 @@ def _trained(layout: Layout, switch: str) -> tuple[Run, int]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("switch", ["default", "speed"])
-def test_what_a_step_launches_does_not_grow_with_parameters_and_groups(switch: str) -> None:
+def test_what_a_step_launches_does_not_grow_with_parameters_and_groups() -> None:
     """Three passes over matrices and vectors, eight kernels of their sums and moments, seven of numbers; and eleven
     operators of torch, which empty what is summed and copy."""
-    few, many = run(1, interpreted, _launched, switch)[0]
+    few, many = run(1, interpreted, _launched)[0]
     assert few == many
     kernels_ = [name for name in few if not name.startswith("aten")]
     assert len(kernels_) <= 6 + 8 + 7 and len(few) <= len(kernels_) + 11, few
 
 
-def _launched(switch: str) -> list[list[str]]:
+def _launched() -> list[list[str]]:
     """By a step of two parameters in one group, and by one of six in three."""
-    return [_launched_by(1, 1, switch), _launched_by(3, 3, switch)]
+    return [_launched_by(1, 1), _launched_by(3, 3)]
 
 
-def _launched_by(pairs: int, groups: int, switch: str) -> list[str]:
+def _launched_by(pairs: int, groups: int) -> list[str]:
     made = [nn.Parameter(torch.ones(shape)) for _ in range(pairs) for shape in ((40, 12), (7,))]
     size = len(made) // groups
-    optimizer = ProdigyPlusScheduleFree(
-        [{"params": made[at : at + size]} for at in range(0, len(made), size)], **EVERY[switch]
-    )
+    optimizer = ProdigyPlusScheduleFree([{"params": made[at : at + size]} for at in range(0, len(made), size)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HostAccess, "free", property(lambda host: False, lambda host, free: None), raising=False)
         for _ in range(2):
