@@ -7,7 +7,8 @@ real graph, that is the point. Unlike one, recording also runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,45 +53,38 @@ class _Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches(function: Callable[[], object]) -> list[str]:
-    """What a function would launch on an accelerator, at least: torch's operators, and Triton's kernels."""
+@contextmanager
+def _each_launch(seen: Callable[[Any, Callable[[], object]], None]) -> Iterator[None]:
+    """Calls a function with each kernel that Triton's interpreter launches, and what launches it again."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    launched: list[str] = []
     launch = InterpretedFunction.run
 
-    def counting(self: Any, *args: Any, **kwargs: Any) -> None:
-        launched.append(self.fn.__name__)
+    def launched(self: Any, *args: Any, **kwargs: Any) -> None:
+        seen(self, lambda: launch(self, *args, **kwargs))
         with _disable_current_modes():
             launch(self, *args, **kwargs)
 
-    InterpretedFunction.run = counting
+    InterpretedFunction.run = launched
     try:
-        with _Counter(launched):
-            function()
+        yield
     finally:
         InterpretedFunction.run = launch
+
+
+def launches(function: Callable[[], object]) -> list[str]:
+    """What a function would launch on an accelerator, at least: torch's operators, and Triton's kernels."""
+    launched: list[str] = []
+    with _each_launch(lambda kernel, again: launched.append(kernel.fn.__name__)), _Counter(launched):
+        function()
     return launched
 
 
 def record(function: Callable[[], object]) -> Callable[[], object]:
     """As ``ppsf_dist.captured.record_cuda_graph``. State is as before the recording when this returns."""
-    from triton.runtime.interpreter import InterpretedFunction
-
     recorded: list[Callable[[], object]] = []
-    launch = InterpretedFunction.run
-
-    def recording(self: Any, *args: Any, **kwargs: Any) -> None:
-        recorded.append(lambda: launch(self, *args, **kwargs))
-        with _disable_current_modes():
-            launch(self, *args, **kwargs)
-
-    InterpretedFunction.run = recording
-    try:
-        with _Recorder(recorded):
-            function()
-    finally:
-        InterpretedFunction.run = launch
+    with _each_launch(lambda kernel, again: recorded.append(again)), _Recorder(recorded):
+        function()
 
     @torch.no_grad()
     def replay() -> None:
