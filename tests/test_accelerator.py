@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from prodigyplus.prodigy_plus_schedulefree import ProdigyPlusScheduleFree as Reference
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.sets import SETS
 from ppsf_dist import ProdigyPlusScheduleFree, clip_grad_norm_
 from ppsf_dist.engine.host import PendingCopy
+from ppsf_dist.kernels.eager import work
+from ppsf_dist.kernels.eager.work import few_launches, memory_of
 from tests.harness.models import NamedShapes, named_shapes
 from tests.rotation import rotated
 from tests.switches import EVERY, Switch
@@ -126,10 +129,41 @@ def test_small_tensors_of_a_shape_are_computed_as_one(dtype: torch.dtype) -> Non
     assert few == many < 500
 
 
-def test_operations_for_a_language_model() -> None:
+def launches_of_the_reference(shapes: NamedShapes, dtype: torch.dtype) -> int:
+    """On the host, because it reads values; it starts as many on tensors of any size."""
+    parameters = [nn.Parameter(torch.ones([max(1, n // 64) for n in shape], dtype=dtype)) for _, shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    reference = Reference(parameters)
+    reference.step()
+    with DeviceOnly() as seen:
+        reference.step()
+    return int(seen.launches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gigabytes", [16, 24, 80])
+def test_a_language_model_starts_four_tenths_fewer_operators_than_the_reference(
+    gigabytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """GPT-2 small: 148 tensors. An accelerator waits for the host if they are many more than it can compute."""
+    monkeypatch.setattr(work, "memory_of", lambda device: gigabytes * 10**9)
     shapes = [(str(i), shape) for i, shape in enumerate(SETS["gpt2"])]
-    assert launches_of_a_step(shapes, torch.float32) < 25 * len(shapes)
+    launches, of_the_reference = launches_of_a_step(shapes, dtype), launches_of_the_reference(shapes, dtype)
+    assert launches <= 0.6 * of_the_reference, (launches, of_the_reference)
+
+
+@pytest.mark.parametrize("gigabytes", [1, 2, 8, 24, 25, 80, 100, 1000])
+def test_tiles_take_a_fiftieth_of_an_accelerator_s_memory_at_most(gigabytes: int) -> None:
+    """Seven in fp32, and no fewer elements than half of what is allowed, up to what gains nothing."""
+    memory = gigabytes * 10**9
+    sizes = few_launches(memory)
+    assert sizes.tile * 7 * 4 <= memory / 50 and 2 * sizes.stack <= sizes.tile
+    assert 2 * sizes.tile * 7 * 4 > memory / 50 or sizes.tile == 1 << 25
+
+
+def test_an_accelerator_that_does_not_say_how_much_memory_it_has() -> None:
+    assert memory_of(DEVICE) == memory_of(torch.device("mps")) == 24 * 10**9
 
 
 def test_clipping_stays_on_the_device() -> None:

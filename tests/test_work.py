@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ppsf_dist.kernels.eager import work
-from ppsf_dist.kernels.eager.work import FEW_LAUNCHES, IN_CACHE, Sizes
+from ppsf_dist.kernels.eager.work import IN_CACHE, Sizes, few_launches
 from tests.harness.kernels import kernels
 from tests.harness.models import named_shapes
 from tests.rotation import rotated
@@ -17,7 +17,11 @@ from tests.switches import EVERY, Switch
 
 SHAPES = [*named_shapes("small"), *((f"equal{i}", (33, 40)) for i in range(3))]
 STEPS = 6
-SIZES = {"small_tiles": Sizes(tile=97, stack=0), "small_stacks": Sizes(tile=3000, stack=1500), "large": FEW_LAUNCHES}
+SIZES = {
+    "small_tiles": Sizes(tile=97, stack=0),
+    "small_stacks": Sizes(tile=3000, stack=1500),
+    "large": few_launches(10**11),
+}
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -36,14 +37,35 @@ class Sizes(NamedTuple):
 IN_CACHE = Sizes(tile=1 << 19, stack=1 << 17)
 """On a CPU: temporaries stay in a core's second- or third-level cache."""
 
-FEW_LAUNCHES = Sizes(tile=1 << 23, stack=1 << 20)
-"""On an accelerator, where an operation on less than about a million elements takes as long as starting it. A tile is
-32 MiB; the passes keep four of them for fp32 weights, seven for bf16."""
+_SHARE, _TEMPORARIES = 50, 7
+_LARGEST = 1 << 25
+_UNKNOWN = 24 * 10**9
+
+
+def few_launches(memory: int) -> Sizes:
+    """On an accelerator, where starting an operator takes the host as long as four million elements take the device.
+
+    The fp32 temporaries of a tile (four for fp32 weights, seven for bf16) may take a fiftieth of its memory. A tile of
+    more than 32 million elements gains nothing: computing it takes longer than starting it.
+
+    Args:
+        memory: bytes of the device.
+    """
+    most = max(2, min(_LARGEST, memory // (_SHARE * _TEMPORARIES * 4)))
+    tile = 1 << most.bit_length() - 1
+    return Sizes(tile=tile, stack=min(1 << 22, tile // 2))
 
 
 def sizes_for(device: torch.device) -> Sizes:
     """The sizes that suit a device."""
-    return IN_CACHE if device.type == "cpu" else FEW_LAUNCHES
+    return IN_CACHE if device.type == "cpu" else few_launches(memory_of(device))
+
+
+@cache
+def memory_of(device: torch.device) -> int:
+    """Bytes of an accelerator; 24 GB where it does not say."""
+    properties = getattr(getattr(torch, device.type, None), "get_device_properties", None)
+    return _UNKNOWN if properties is None else int(getattr(properties(device), "total_memory", _UNKNOWN))
 
 
 State = Mapping[Tensor, Mapping[str, Any]]
