@@ -33,10 +33,11 @@ class _Tensor(ctypes.Structure):
 @functools.cache
 def _library() -> Any:
     source = Path(__file__).with_suffix(".cpp")
-    flags = flags_for(torch.backends.cpu.get_cpu_capability())
+    cxx, own_flags = compiler()
+    flags = (*own_flags, *flags_for(torch.backends.cpu.get_cpu_capability()), *LINK, "-fvisibility=default")
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "traffic.so"
-        subprocess.run([compiler(), *flags, *LINK, "-fvisibility=default", str(source), "-o", str(made)], check=True)
+        subprocess.run([cxx, *flags, str(source), "-o", str(made)], check=True)
         library = ctypes.CDLL(str(made))
     for function in (library.traffic_of_step, library.loops_of_step):
         function.argtypes, function.restype = (ctypes.POINTER(_Tensor), ctypes.c_int64), ctypes.c_uint64

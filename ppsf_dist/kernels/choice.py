@@ -99,7 +99,7 @@ class ChosenKernels:
         fast = self._fast(device)
         if fast.kernels is None or fast.name != "native":
             return fast.name
-        return "native" if torch.backends.cpu.get_cpu_capability() != "DEFAULT" else "native without FMA"
+        return "native" if library.load().fuses else "native without FMA"
 
     def _fast(self, device: torch.device) -> Fast:
         """The kernels that are not eager, if there are some for a device."""

@@ -52,14 +52,14 @@ inline uint32_t rounded(float x, uint32_t sixteen_bits) {
 inline void store(float* at, float x) { *at = x; }
 inline void store(bf16* at, float x) { *at = bf16(nearest(x) >> 16); }
 
-// a * b + c, rounded once where torch's kernels for this instruction set do so.
-inline float fused(float a, float b, float c) {
 #if defined(__FMA__) || defined(__aarch64__)
-    return __builtin_fmaf(a, b, c);
+constexpr bool FUSES = true;
 #else
-    return a * b + c;
+constexpr bool FUSES = false;
 #endif
-}
+
+// a * b + c, rounded once where torch's kernels for this instruction set do so.
+inline float fused(float a, float b, float c) { return FUSES ? __builtin_fmaf(a, b, c) : a * b + c; }
 
 // The series of atan(t) / t in t^2, from its term number K on.
 template <int K>

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ppsf_dist.kernels.codes import Piece
-from ppsf_dist.kernels.cpu.source import BUILT, Unavailable, compile_into, file_name
+from ppsf_dist.kernels.cpu.source import BUILT, Unavailable, compile_into, file_name, instructions_of
 from ppsf_dist.kernels.cpu.tables import GroupsTable, Job, MomentsTable, ParametersTable, PlanTable, Task
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,9 @@ class Library:
 
     Args:
         path: of the shared object.
+
+    Attributes:
+        fuses: whether products are added without a rounding of their own, which is one bit more or less of a weight.
 
     Raises:
         Unavailable: it was made from another source, or does not load.
@@ -71,6 +74,7 @@ class Library:
         self.contribute = function("contribute", groups, of, address, address, address, address)
         self.fill_gates = function("fill_gates", of, address, ctypes.c_int)
         self.end_step = function("end_step", groups, address, address)
+        self.fuses = bool(function("fuses", returns=ctypes.c_int)())
 
 
 def load() -> Library:
@@ -95,7 +99,7 @@ def found() -> Library | Unavailable:
 
 
 def _find() -> Library:
-    instructions = torch.backends.cpu.get_cpu_capability()
+    instructions = instructions_of(torch.backends.cpu.get_cpu_capability())
     name = file_name(instructions)
     shipped = BUILT / name
     if shipped.exists():

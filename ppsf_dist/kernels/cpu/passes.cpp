@@ -169,3 +169,6 @@ EXPORTED void ppsf_contribute(
 EXPORTED void ppsf_fill_gates(const Parameters* of, const uint8_t* active, int cause) { fill_gates(*of, active, cause); }
 
 EXPORTED void ppsf_end_step(const Groups* groups, const double* totals, double* after) { end_step(*groups, totals, after); }
+
+// Whether it rounds once where it may.
+EXPORTED int ppsf_fuses() { return FUSES; }
