@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+from ppsf_dist import ProdigyPlusScheduleFree
+from ppsf_dist.engine.host import HostAccess
 from ppsf_dist.kernels.eager import work
-from ppsf_dist.kernels.eager.work import IN_CACHE, Sizes, few_launches
+from ppsf_dist.kernels.eager.work import IN_CACHE, TEMPORARIES, Sizes, few_launches
 from tests.harness.kernels import kernels
 from tests.harness.models import named_shapes
 from tests.rotation import rotated
@@ -53,3 +61,35 @@ def test_rounding_bits_belong_to_elements_not_to_tiles(sizes: str) -> None:
     expected = expected_run(torch.bfloat16, "default")
     differing = sum(int((ours.weights[key] != value).sum()) for key, value in expected.weights.items())
     assert differing <= sum(value.numel() for value in expected.weights.values()) / 1000
+
+
+def most_bytes(run: Callable[[], None], path: Path) -> int:
+    """Most that is allocated at once, beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    profiled.export_chrome_trace(str(path))
+    events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    events.sort(key=lambda event: event["ts"])
+    return int(max(itertools.accumulate(event["args"]["Bytes"] for event in events)))
+
+
+@pytest.mark.parametrize("shapes", [[(128, 128)] * 4, [(500, 512)]], ids=["stacked", "cut"])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_step_needs_thirteen_tiles_at_most(
+    name: str, shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On an accelerator, whose gates the host does not know, with weights in bf16, which need more than in fp32."""
+    sizes = Sizes(tile=1 << 16, stack=1 << 15)
+    monkeypatch.setattr(work, "sizes_for", lambda device: sizes)
+    monkeypatch.setattr(HostAccess, "free", property(lambda self: False, lambda self, value: None), raising=False)
+    parameters = [torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    with kernels("eager"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = ProdigyPlusScheduleFree(parameters, **EVERY[name])
+    peak = most_bytes(optimizer.step, tmp_path / "trace.json")
+    state = sum(
+        value.nbytes for of in optimizer.state.values() for value in of.values() if isinstance(value, torch.Tensor)
+    )
+    assert peak - state <= TEMPORARIES * sizes.tile * 4

@@ -37,7 +37,9 @@ class Sizes(NamedTuple):
 IN_CACHE = Sizes(tile=1 << 19, stack=1 << 17)
 """On a CPU: temporaries stay in a core's second- or third-level cache."""
 
-_SHARE, _TEMPORARIES = 50, 7
+TEMPORARIES = 13
+"""Tiles of fp32 numbers that a step needs at most, whatever its switches."""
+_SHARE = 25
 _LARGEST = 1 << 25
 _UNKNOWN = 24 * 10**9
 
@@ -45,13 +47,13 @@ _UNKNOWN = 24 * 10**9
 def few_launches(memory: int) -> Sizes:
     """On an accelerator, where starting an operator takes the host as long as four million elements take the device.
 
-    The fp32 temporaries of a tile (four for fp32 weights, seven for bf16) may take a fiftieth of its memory. A tile of
-    more than 32 million elements gains nothing: computing it takes longer than starting it.
+    What a step needs beside parameters and state may take a twenty-fifth of its memory. A tile of more than 32 million
+    elements gains nothing: computing it takes longer than starting it.
 
     Args:
         memory: bytes of the device.
     """
-    most = max(2, min(_LARGEST, memory // (_SHARE * _TEMPORARIES * 4)))
+    most = max(2, min(_LARGEST, memory // (_SHARE * TEMPORARIES * 4)))
     tile = 1 << most.bit_length() - 1
     return Sizes(tile=tile, stack=min(1 << 22, tile // 2))
 
