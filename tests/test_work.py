@@ -14,10 +14,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ppsf_dist import ProdigyPlusScheduleFree
-from ppsf_dist.engine.host import HostAccess
 from ppsf_dist.kernels.eager import work
 from ppsf_dist.kernels.eager.work import IN_CACHE, TEMPORARIES, Sizes, few_launches
-from tests.harness.kernels import kernels
+from tests.harness.kernels import as_on_an_accelerator, kernels
 from tests.harness.models import named_shapes
 from tests.rotation import rotated
 from tests.runs import SINGLE, Run, difference, open_loop, twice
@@ -81,7 +80,7 @@ def test_a_step_needs_thirteen_tiles_at_most(
     """On an accelerator, whose gates the host does not know, with weights in bf16, which need more than in fp32."""
     sizes = Sizes(tile=1 << 16, stack=1 << 15)
     monkeypatch.setattr(work, "sizes_for", lambda device: sizes)
-    monkeypatch.setattr(HostAccess, "free", property(lambda self: False, lambda self, value: None), raising=False)
+    as_on_an_accelerator(monkeypatch)
     parameters = [torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for shape in shapes]
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 1e-3)

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import pytest
+
+from ppsf_dist.engine.host import HostAccess
 from ppsf_dist.kernels.choice import VARIABLE
 
 Result = TypeVar("Result")
@@ -29,3 +32,8 @@ def interpreted(function: Callable[..., Result], *arguments: Any) -> Result:
     """Call something with Triton's kernels, on a rank of the pool: there Triton interprets."""
     with kernels("triton"):
         return function(*arguments)
+
+
+def as_on_an_accelerator(patch: pytest.MonkeyPatch) -> None:
+    """Nothing may be read by the host in a step, although all of it is there."""
+    patch.setattr(HostAccess, "free", property(lambda host: False, lambda host, free: None), raising=False)

@@ -50,9 +50,9 @@ def launched(patch: pytest.MonkeyPatch) -> list[dict[str, int]]:
     # Before the environment says that Triton interprets, without which a CPU has none of its kernels.
     from ppsf_dist import ProdigyPlusScheduleFree
     from ppsf_dist.engine import triton_numbers  # noqa: F401
-    from ppsf_dist.engine.host import HostAccess
     from ppsf_dist.kernels.triton import backend  # noqa: F401
     from ppsf_dist.kernels.triton.step_numbers import TritonProdigyPlusNumbers
+    from tests.harness.kernels import as_on_an_accelerator
 
     compiled: dict[str, set[int]] = {}
     launch, end = JITFunction.run, TritonProdigyPlusNumbers._numbers_after
@@ -68,7 +68,7 @@ def launched(patch: pytest.MonkeyPatch) -> list[dict[str, int]]:
     triton.runtime.driver.set_active(NoDevice())
     patch.setattr(JITFunction, "run", compile_only)
     patch.setattr(TritonProdigyPlusNumbers, "_numbers_after", ends_as_it_began)
-    patch.setattr(HostAccess, "free", property(lambda host: False, lambda host, free: None), raising=False)
+    as_on_an_accelerator(patch)
     patch.setenv("TRITON_INTERPRET", "1")
     patch.setenv("PPSF_KERNELS", "triton")
     found = []

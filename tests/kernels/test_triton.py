@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from ppsf_dist import ProdigyPlusScheduleFree, kernels
-from ppsf_dist.engine.host import HostAccess
 from ppsf_dist.kernels.codes import COEFFICIENTS, Flag, Piece, Sum
 from ppsf_dist.kernels.triton.cutting import STEPS, cut
 from ppsf_dist.kernels.triton.tables import On, Rows
 from ppsf_dist.methods.sums import Stat
 from tests.harness import graph
-from tests.harness.kernels import interpreted
+from tests.harness.kernels import as_on_an_accelerator, interpreted
 from tests.harness.kernels import kernels as kernels_of
 from tests.harness.layouts import LAYOUTS, Layout
 from tests.harness.pool import run
@@ -124,7 +123,7 @@ def _trained(layout: Layout, switch: str) -> tuple[Run, int]:
         return after(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HostAccess, "free", property(lambda host: False, lambda host, free: None), raising=False)
+        as_on_an_accelerator(patch)
         patch.setattr(TritonProdigyPlusNumbers, "_numbers_after", counted)
         return open_loop_without_start(layout, SHAPES, 3, groups=2, **EVERY[switch]), steps
 
@@ -149,7 +148,7 @@ def _launched_by(pairs: int, groups: int) -> list[str]:
     size = len(made) // groups
     optimizer = ProdigyPlusScheduleFree([{"params": made[at : at + size]} for at in range(0, len(made), size)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HostAccess, "free", property(lambda host: False, lambda host, free: None), raising=False)
+        as_on_an_accelerator(patch)
         for _ in range(2):
             for p in made:
                 p.grad = torch.full_like(p, 0.01)
