@@ -260,7 +260,7 @@ class Engine(Planner):
         self.method.validate_step(self.groups)
         self.learning_rates.see(self.groups)
         self.numbers.absorb(self.groups)
-        numbers = self.kernels.step_numbers(self.method, self.host.device, host_reads=self.host.free)
+        numbers = self.kernels.step_numbers(self.method, self.groups, self.host.device, host_reads=self.host.free)
         return numbers(self.numbers, self.groups, self.seed)
 
     def _drop_step(self) -> None:

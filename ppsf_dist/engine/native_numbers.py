@@ -12,9 +12,9 @@ from ppsf_dist.engine.host import HostAccess
 from ppsf_dist.engine.part_numbers import Contribution, Known, PartNumbers, Traits, Verdict
 from ppsf_dist.engine.reductions import Reductions
 from ppsf_dist.kernels.cpu.library import load
-from ppsf_dist.kernels.cpu.numbers import NativeProdigyPlusNumbers
 from ppsf_dist.kernels.cpu.tables import ParametersTable
 from ppsf_dist.kernels.interface import Buffers, KnownGates
+from ppsf_dist.kernels.numbers import FastNumbers
 from ppsf_dist.methods.base import Total
 from ppsf_dist.state.moments import FactoredMoments
 
@@ -65,7 +65,7 @@ class NativePartNumbers(PartNumbers):
 
     def __init__(
         self,
-        step: NativeProdigyPlusNumbers,
+        step: FastNumbers,
         parameters: Tensor,
         traits: Traits,
         buffers: Buffers,
@@ -73,7 +73,7 @@ class NativePartNumbers(PartNumbers):
     ) -> None:
         super().__init__(step, parameters, traits, buffers)
         self._library, self._table = load(), table
-        self._groups, self._of = byref(step.groups), byref(table.table)
+        self._groups, self._of = byref(step.told), byref(table.table)
 
     def begin(self, moments: FactoredMoments) -> None:
         self.fill_coefficients()
@@ -88,7 +88,7 @@ class NativePartNumbers(PartNumbers):
 
     def verdict(self, reductions: Reductions, host: HostAccess) -> Verdict:
         active = torch.empty(self._table.table.count, dtype=torch.bool)
-        cause = self._library.find_cause(self._of, active.data_ptr())
+        cause = self._library.find_cause(self._groups, self._of, active.data_ptr())
         known = Known(cause, self._table.outcome.tolist())
         return Verdict(active, torch.tensor(float(cause), dtype=torch.float64), known)
 
@@ -100,8 +100,6 @@ class NativePartNumbers(PartNumbers):
         return Contribution(totals, after)
 
     def fill_gates(self, verdict: Verdict, host: HostAccess) -> KnownGates | None:
-        # All parts of a step are written as they come: none waits for what another has found.
-        assert verdict.known is not None
-        self._library.fill_gates(self._of, verdict.active.data_ptr(), verdict.known.cause)
+        self._library.fill_gates(self._groups, self._of, verdict.active.data_ptr(), verdict.cause.data_ptr())
         known = self._buffers.gates.moments.tolist()
         return known, known

@@ -13,9 +13,9 @@ from ppsf_dist.engine.host import HostAccess
 from ppsf_dist.engine.part_numbers import Contribution, PartNumbers, Traits, Verdict
 from ppsf_dist.engine.reductions import Reductions
 from ppsf_dist.kernels.interface import Buffers, KnownGates
+from ppsf_dist.kernels.numbers import FastNumbers
 from ppsf_dist.kernels.triton import numbers_of_parameters as kernels
 from ppsf_dist.kernels.triton.launching import run
-from ppsf_dist.kernels.triton.step_numbers import TritonProdigyPlusNumbers
 from ppsf_dist.methods.base import Total
 from ppsf_dist.state.moments import FactoredMoments
 
@@ -75,15 +75,15 @@ class TritonPartNumbers(PartNumbers):
 
     def __init__(
         self,
-        step: TritonProdigyPlusNumbers,
+        step: FastNumbers,
         parameters: Tensor,
         traits: Traits,
         buffers: Buffers,
         of: OfParameters,
     ) -> None:
         super().__init__(step, parameters, traits, buffers)
-        self._groups, self._of, self._count = step.tables, of, len(of.traits)
-        self._on, self._at, self._group_count = step.on, step.rows, len(step.k)
+        self._groups, self._on, self._at, self._group_count = step.told
+        self._of, self._count = of, len(of.traits)
         self._programs, self._columns = triton.cdiv(self._count, AT_ONCE), of.stats.shape[1]
 
     def begin(self, moments: FactoredMoments) -> None:
@@ -110,8 +110,8 @@ class TritonPartNumbers(PartNumbers):
         cause = torch.empty((), dtype=torch.float64, device=device)
         squares = reductions.sums.sum(dtype=torch.float64)
         run(
-            kernels.find_cause, 1, self._of, squares, active.view(torch.uint8), cause, self._count, AT=self._at,
-            COLUMNS=self._columns, BLOCK=AT_ONCE,
+            kernels.find_cause, 1, self._groups, self._of, squares, active.view(torch.uint8), cause, self._group_count,
+            self._count, AT=self._at, COLUMNS=self._columns, BLOCK=AT_ONCE,
         )  # fmt: skip
         return Verdict(active, cause, None)
 
@@ -128,7 +128,7 @@ class TritonPartNumbers(PartNumbers):
     def fill_gates(self, verdict: Verdict, host: HostAccess) -> KnownGates | None:
         active = verdict.active.view(torch.uint8)
         run(
-            kernels.fill_gates, self._programs, self._of, active, verdict.cause, self._count, AT=self._at,
-            BLOCK=AT_ONCE,
+            kernels.fill_gates, self._programs, self._groups, self._of, active, verdict.cause, self._group_count,
+            self._count, AT=self._at, BLOCK=AT_ONCE,
         )  # fmt: skip
         return None

@@ -20,9 +20,10 @@ from ppsf_dist.kernels.cpu.numbers import NATIVE_NUMBERS
 from ppsf_dist.kernels.cpu.source import Unavailable
 from ppsf_dist.kernels.eager import EagerKernels
 from ppsf_dist.kernels.interface import Buffers, Kernels, KnownGates, Passes
+from ppsf_dist.kernels.numbers import FAST_NUMBERS
 from ppsf_dist.kernels.pieces import why_not
 from ppsf_dist.kernels.triton import available
-from ppsf_dist.methods.base import Method, StepNumbers
+from ppsf_dist.methods.base import Group, GroupTable, Method, StepNumbers
 from ppsf_dist.methods.switches import Switches
 from ppsf_dist.sharding import Shard
 from ppsf_dist.state.moments import FactoredMoments
@@ -120,19 +121,23 @@ class ChosenKernels:
                 ) from error
             return Fast("eager", None, str(error))
 
-    def step_numbers(self, method: Method, device: torch.device, *, host_reads: bool) -> type[StepNumbers]:
+    def step_numbers(
+        self, method: Method, groups: Sequence[Group], device: torch.device, *, host_reads: bool
+    ) -> Callable[[GroupTable, Sequence[Group], int], StepNumbers]:
         """What computes the numbers of a step: as ``arithmetic``, all ranks have the same.
 
         Args:
             host_reads: whether the host may read them at once: then C++ may compute them, and else Triton.
         """
-        fast = self._fast(device).name
-        known: Mapping[type[StepNumbers], type[StepNumbers]] = {}
-        if fast == "native" and host_reads:
-            known = NATIVE_NUMBERS
-        elif fast == "triton" and not host_reads:
-            known = available.step_numbers()
-        return known.get(method.step_numbers, method.step_numbers)
+        of_torch = method.step_numbers
+        by_kernels, kernels = FAST_NUMBERS.get(of_torch), self._fast(device).name
+        if by_kernels is None or not by_kernels.computes(groups):
+            return of_torch
+        if kernels == "native" and host_reads:
+            return partial(by_kernels, kernels=NATIVE_NUMBERS, method=method)
+        if kernels == "triton" and not host_reads:
+            return partial(by_kernels, kernels=available.numbers(), method=method)
+        return of_torch
 
     def prepare(
         self,

@@ -20,9 +20,8 @@ COEFFICIENTS = (
 )  # fmt: skip
 """The coefficients that the formulas know, by the names that methods give them."""
 
-
-KNOWN = ("k", "d", "delta", "c", "q", "beta2", "weight", "weight_sum", "adapts", "unsound")
-"""What a step of ProdigyPlusScheduleFree knows of a group from its beginning on: rows of a table."""
+KNOWN = ("k", "delta", "c", "q", "adapts", "speeds", "pauses", "moves", "unsound")
+"""What a step of every method knows of a group from its beginning on: the first rows of a table of fp64."""
 
 TRAITS = ("stableadamw", "measured", "early_mask", "late_mask", "rounds_samples", "rounds_s")
 """Of a parameter, by ``ppsf_dist.engine.part_numbers.Traits``: bits of a number, from the lowest."""

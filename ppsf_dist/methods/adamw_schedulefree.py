@@ -85,7 +85,7 @@ class RAdam(AdamW):
     name = "RAdamScheduleFree"
     arguments = _OF_ADAM | {"r": 0.0, "weight_lr_power": 2.0, "silent_sgd_phase": True}
     rules = {name: rule for name, rule in AdamW.rules.items() if name != "warmup_steps"} | {"silent_sgd_phase": SWITCH}
-    hyper = (*[name for name in AdamW.hyper if name != "warmup_steps"], "silent_sgd_phase")
+    hyper = (*AdamW.hyper, "silent_sgd_phase")
     coefficients = (*AdamW.coefficients, "root")
     step_numbers = RAdamNumbers
 
@@ -96,6 +96,9 @@ class RAdam(AdamW):
             sgd_phase=not group["silent_sgd_phase"],
             weight_decay=group["weight_decay"] != 0,
         )
+
+    def hyper_row(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+        return super().hyper_row({**group, "warmup_steps": 0})
 
 
 ADAMW_METHOD, RADAM_METHOD = AdamW(), RAdam()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppsf_dist.algorithm import second_moment, step_size
 from ppsf_dist.algorithm.step_size import GlobalStepSize
-from ppsf_dist.methods.base import AVERAGING, Group, GroupTable, Method, StepNumbers, Total
+from ppsf_dist.methods.base import AVERAGING, Group, Method, StepNumbers, Total
 from ppsf_dist.methods.rules import (
     ANY,
     DECAY,
@@ -50,9 +50,9 @@ _SWITCHES = ("decouple", "use_bias_correction", "safeguard_warmup", "reference_q
 class ProdigyNumbers(StepNumbers):
     """The numbers of one step: its length d * lr, and d after its sums."""
 
-    def __init__(self, numbers: GroupTable, groups: Sequence[Group], seed: int) -> None:
-        super().__init__(numbers, groups, seed)
-        h, self._d = self.hyper, numbers["d"].clone()
+    def _begin(self) -> None:
+        super()._begin()
+        h, numbers, self._d = self.hyper, self._numbers, self._numbers["d"].clone()
         self.pauses = h["lr"] == 0
         correction = second_moment.bias_correction(self.k[:1] + 1, h["beta1"][:1], h["beta2"][:1])
         self.delta = self._d * h["lr"].amax() * torch.where(h["use_bias_correction"] > 0, correction, 1.0)

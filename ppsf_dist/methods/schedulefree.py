@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ppsf_dist.algorithm import averaging
-from ppsf_dist.methods.base import Group, GroupTable, Method, StepNumbers
+from ppsf_dist.methods.base import Method, StepNumbers
 from ppsf_dist.methods.rules import ANY, NOT_NEGATIVE, integer
 
 
 class ScheduleFreeNumbers(StepNumbers):
     """The numbers of one step: a learning rate, and the weight of the step in the average."""
 
-    def __init__(self, numbers: GroupTable, groups: Sequence[Group], seed: int) -> None:
-        super().__init__(numbers, groups, seed)
-        h = self.hyper
+    def _begin(self) -> None:
+        super()._begin()
+        h, numbers = self.hyper, self._numbers
         self.delta = h["lr"] * self.schedule()
         self._lr_max = self.delta.maximum(numbers["lr_max"])
         weight = (self.k + 1) ** h["r"] * self._lr_max ** h["weight_lr_power"]

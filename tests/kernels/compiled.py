@@ -45,17 +45,22 @@ BETWEEN: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
 _OF_GROUPS: dict[str, Any] = {"ON": None, "AT": None, "BLOCK": 32}
 _OF_PARAMETERS: dict[str, Any] = {"AT": None, "COLUMNS": 12, "BLOCK": 128}
 NUMBERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "begin_step": (("groups", "count"), {**_OF_GROUPS, "ARGUMENTS": 20}),
-    "end_step": (("groups", "totals", "after", "count"), _OF_GROUPS),
+    "begin_prodigy_plus": (("groups", "count"), {**_OF_GROUPS, "ARGUMENTS": 20}),
+    "end_prodigy_plus": (("groups", "totals", "after", "count"), _OF_GROUPS),
+    "begin_prodigy": (("groups", "count"), {**_OF_GROUPS, "ARGUMENTS": 11, "ADAPTIVE": 7}),
+    "learn_prodigy": (("groups", "totals", "count"), _OF_GROUPS),
+    "end_prodigy": (("groups", "totals", "after", "count"), _OF_GROUPS),
+    "begin_schedulefree": (("groups", "count"), {**_OF_GROUPS, "ARGUMENTS": 9, "ADAPTIVE": 5}),
+    "end_schedulefree": (("groups", "totals", "after", "count"), _OF_GROUPS),
     "fill_coefficients": (("groups", "of", "groups_count", "count"), {"ROWS": 16, "BLOCK": 128}),
     "fill_keys": (("of", "seed", "count"), {"AT": None, "BLOCK": 128}),
     "fill_scales": (("groups", "of", "groups_count", "count"), _OF_PARAMETERS),
-    "find_cause": (("of", "squares", "active", "cause", "count"), _OF_PARAMETERS),
+    "find_cause": (("groups", "of", "squares", "active", "cause", "groups_count", "count"), _OF_PARAMETERS),
     "contribute": (
         ("groups", "of", "active", "cause", "totals", "after", "groups_count", "count"),
         {"ON": None, **_OF_PARAMETERS},
     ),
-    "fill_gates": (("of", "active", "cause", "count"), {"AT": None, "BLOCK": 128}),
+    "fill_gates": (("groups", "of", "active", "cause", "groups_count", "count"), {"AT": None, "BLOCK": 128}),
 }
 """The numbers of groups and parameters, with everything on: arguments, and what is compiled in."""
 
@@ -154,16 +159,22 @@ def compiled(kernel: str, what: str, target: str) -> Any:
 
 
 def _compiled_numbers(kernel: str, target: str) -> Any:
-    from ppsf_dist.kernels.triton import numbers, numbers_of_parameters, step_numbers
-    from ppsf_dist.methods.prodigy_plus import ProdigyPlus
+    from ppsf_dist.kernels.numbers import FAST_NUMBERS, Options
+    from ppsf_dist.kernels.triton import numbers_of_parameters, step_numbers
+    from ppsf_dist.methods.adamw_schedulefree import RADAM_METHOD
+    from ppsf_dist.methods.prodigy import PRODIGY
+    from ppsf_dist.methods.prodigy_plus import PRODIGY_PLUS
 
     arguments, constants = NUMBERS[kernel]
+    _, _, kind = kernel.partition("_")
+    method = {"prodigy": PRODIGY, "schedulefree": RADAM_METHOD}.get(kind, PRODIGY_PLUS)
+    own = FAST_NUMBERS[method.step_numbers].own
     everything = {
-        "ON": step_numbers.On(*[True] * len(step_numbers.On._fields)),
-        "AT": step_numbers.rows_of((*ProdigyPlus.numbers, *OF_THE_STEP)),
+        "ON": Options(*[True] * len(Options._fields)),
+        "AT": step_numbers.rows_of(method.hyper, (*method.numbers, *OF_THE_STEP), own, method.coefficients),
     }
     given = {name: everything[name] if value is None else value for name, value in constants.items()}
-    function = getattr(numbers, kernel, None) or getattr(numbers_of_parameters, kernel)
+    function = getattr(step_numbers, kernel, None) or getattr(numbers_of_parameters, kernel)
     return _compile(function, arguments, given, target, 4, tables=_tables_of_numbers())
 
 

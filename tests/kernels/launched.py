@@ -18,9 +18,16 @@ from torch import Tensor, nn
 from tests.kernels.compiled import TARGETS
 
 STEPS = 4
-RUNS: tuple[tuple[torch.dtype, dict[str, Any]], ...] = (
-    (torch.float32, {}),
-    (torch.bfloat16, {"use_speed": True, "use_bias_correction": True, "split_groups_mean": True}),
+RUNS: tuple[tuple[str, torch.dtype, dict[str, Any]], ...] = (
+    ("ProdigyPlusScheduleFree", torch.float32, {}),
+    (
+        "ProdigyPlusScheduleFree",
+        torch.bfloat16,
+        {"use_speed": True, "use_bias_correction": True, "split_groups_mean": True},
+    ),
+    ("Prodigy", torch.float32, {"use_bias_correction": True}),
+    ("SGDScheduleFree", torch.float32, {"lr": 0.1}),
+    ("RAdamScheduleFree", torch.bfloat16, {"silent_sgd_phase": False}),
 )
 
 
@@ -48,34 +55,34 @@ def launched(patch: pytest.MonkeyPatch) -> list[dict[str, int]]:
     from triton.runtime.jit import JITFunction
 
     # Before the environment says that Triton interprets, without which a CPU has none of its kernels.
-    from ppsf_dist import ProdigyPlusScheduleFree
+    import ppsf_dist
     from ppsf_dist.engine import triton_numbers  # noqa: F401
     from ppsf_dist.kernels.triton import backend  # noqa: F401
-    from ppsf_dist.kernels.triton.step_numbers import TritonProdigyPlusNumbers
+    from ppsf_dist.kernels.triton.step_numbers import TritonNumbers
     from tests.harness.kernels import as_on_an_accelerator
 
     compiled: dict[str, set[int]] = {}
-    launch, end = JITFunction.run, TritonProdigyPlusNumbers._numbers_after
+    launch, end = JITFunction.run, TritonNumbers.end
 
     def compile_only(self: Any, *arguments: Any, **options: Any) -> None:
         made = launch(self, *arguments, **{**options, "warmup": True})
         compiled.setdefault(self.fn.__name__, set()).add(id(made))
 
-    def ends_as_it_began(self: Any, totals: Tensor) -> Tensor:
-        end(self, totals)
-        return self._numbers.values.clone()  # type: ignore[no-any-return]
+    def ends_as_it_began(self: Any, step: Any, totals: Tensor, after: Tensor) -> None:
+        end(self, step, totals, after)
+        after.copy_(step.numbers.values)
 
     triton.runtime.driver.set_active(NoDevice())
     patch.setattr(JITFunction, "run", compile_only)
-    patch.setattr(TritonProdigyPlusNumbers, "_numbers_after", ends_as_it_began)
+    patch.setattr(TritonNumbers, "end", ends_as_it_began)
     as_on_an_accelerator(patch)
     patch.setenv("TRITON_INTERPRET", "1")
     patch.setenv("PPSF_KERNELS", "triton")
     found = []
-    for dtype, switch in RUNS:
+    for name, dtype, arguments in RUNS:
         compiled.clear()
         made = [nn.Parameter(torch.ones(shape, dtype=dtype)) for _ in range(2) for shape in ((40, 64), (9,))]
-        optimizer = ProdigyPlusScheduleFree([{"params": made[:2]}, {"params": made[2:]}], **switch)
+        optimizer = getattr(ppsf_dist, name)([{"params": made[:2]}, {"params": made[2:]}], **arguments)
         after = []
         for step in range(STEPS):
             for p in made:

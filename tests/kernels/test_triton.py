@@ -17,13 +17,15 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+import ppsf_dist
 from ppsf_dist import ProdigyPlusScheduleFree, kernels
 from ppsf_dist.kernels.codes import COEFFICIENTS, Flag, Piece, Sum
 from ppsf_dist.kernels.triton.cutting import STEPS, cut
 from ppsf_dist.kernels.triton.tables import On, Rows
 from ppsf_dist.methods.sums import Stat
+from tests.family import FAMILY
 from tests.harness import graph
 from tests.harness.kernels import as_on_an_accelerator, interpreted
 from tests.harness.kernels import kernels as kernels_of
@@ -95,58 +97,74 @@ def test_lines_as_long_as_32_bits_hold_are_a_task_each() -> None:
 
 
 SHAPES = [("matrix", (40, 12)), ("vector", (7,)), ("stack", (3, 33, 4))]
-IN_TURN = ("default", "speed", "unfactored", "bias_correction", "weight_decay", "moving_d", "adopt")
+SWITCHES_IN_TURN = ("default", "speed", "unfactored", "bias_correction", "weight_decay", "moving_d", "adopt")
+SISTERS_IN_TURN = (("Prodigy", "bias_correction"), ("SGDScheduleFree", "warmup"), ("RAdamScheduleFree", "sgd_phase"))
+IN_TURN: dict[str, dict[str, Any]] = {
+    **{name: EVERY[name] for name in SWITCHES_IN_TURN},
+    **{name: {"optimizer_class": name, **FAMILY[name].variants[variant]} for name, variant in SISTERS_IN_TURN},
+}
+"""Arguments of runs."""
 LAYOUTS_IN_TURN = [name for name, layout in LAYOUTS.items() if 1 < layout.world_size <= 3]
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("name", "switch"), rotated(LAYOUTS_IN_TURN, IN_TURN, rounds=1))
-def test_every_layout_gives_the_run_of_one_process(name: str, switch: str) -> None:
+@pytest.mark.parametrize(("name", "which"), rotated(LAYOUTS_IN_TURN, IN_TURN, rounds=1))
+def test_every_layout_gives_the_run_of_one_process(name: str, which: str) -> None:
     """Beside the C++ kernels in one process. Numbers too are Triton's, since the host does not read them."""
-    reference = open_loop(SINGLE, SHAPES, 3, groups=2, **EVERY[switch])
-    runs: list[tuple[Run, int]] = run(LAYOUTS[name].world_size, interpreted, _trained, LAYOUTS[name], switch)
+    reference = open_loop(SINGLE, SHAPES, 3, groups=2, **IN_TURN[which])
+    runs: list[tuple[Run, int]] = run(LAYOUTS[name].world_size, interpreted, _trained, LAYOUTS[name], which)
     assert all(steps == 3 for _, steps in runs)
     assert all(other.groups == runs[0][0].groups for other, _ in runs)
     apart = difference(runs[0][0], reference)
     assert apart["d"] <= 1e-6 and apart["weights"] <= 1e-5, apart
 
 
-def _trained(layout: Layout, switch: str) -> tuple[Run, int]:
+def _trained(layout: Layout, which: str) -> tuple[Run, int]:
     """A run as on an accelerator, and how many of its steps had numbers of Triton."""
-    from ppsf_dist.kernels.triton.step_numbers import TritonProdigyPlusNumbers
+    from ppsf_dist.kernels.triton.step_numbers import TritonNumbers
 
-    steps, after = 0, TritonProdigyPlusNumbers._numbers_after
+    steps, end = 0, TritonNumbers.end
 
-    def counted(*arguments: Any) -> Tensor:
+    def counted(*arguments: Any) -> None:
         nonlocal steps
         steps += 1
-        return after(*arguments)
+        end(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         as_on_an_accelerator(patch)
-        patch.setattr(TritonProdigyPlusNumbers, "_numbers_after", counted)
-        return open_loop_without_start(layout, SHAPES, 3, groups=2, **EVERY[switch]), steps
+        patch.setattr(TritonNumbers, "end", counted)
+        return open_loop_without_start(layout, SHAPES, 3, groups=2, **IN_TURN[which]), steps
+
+
+LAUNCHED = {
+    "ProdigyPlusScheduleFree": (6 + 8 + 7, 11),
+    "Prodigy": (2 + 1 + 9, 12),
+    "AdamWScheduleFree": (2 + 1 + 7, 11),
+}
+"""By a step on matrices and vectors: kernels of its passes, of what adds up their sums and keeps their moments, and of
+numbers; and operators of torch, which empty what is summed and copy."""
 
 
 @pytest.mark.dist
-def test_what_a_step_launches_does_not_grow_with_parameters_and_groups() -> None:
-    """Three passes over matrices and vectors, eight kernels of their sums and moments, seven of numbers; and eleven
-    operators of torch, which empty what is summed and copy."""
-    few, many = run(1, interpreted, _launched)[0]
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_what_a_step_launches_does_not_grow_with_parameters_and_groups(name: str) -> None:
+    few, many = run(1, interpreted, _launched, name)[0]
+    kernels_ = [launched for launched in few if not launched.startswith("aten")]
+    most, operators = LAUNCHED[name]
     assert few == many
-    kernels_ = [name for name in few if not name.startswith("aten")]
-    assert len(kernels_) <= 6 + 8 + 7 and len(few) <= len(kernels_) + 11, few
+    assert len(kernels_) <= most and len(few) - len(kernels_) <= operators, few
 
 
-def _launched() -> list[list[str]]:
+def _launched(name: str) -> list[list[str]]:
     """By a step of two parameters in one group, and by one of six in three."""
-    return [_launched_by(1, 1), _launched_by(3, 3)]
+    return [_launched_by(name, 1, 1), _launched_by(name, 3, 3)]
 
 
-def _launched_by(pairs: int, groups: int) -> list[str]:
+def _launched_by(name: str, pairs: int, groups: int) -> list[str]:
     made = [nn.Parameter(torch.ones(shape)) for _ in range(pairs) for shape in ((40, 12), (7,))]
     size = len(made) // groups
-    optimizer = ProdigyPlusScheduleFree([{"params": made[at : at + size]} for at in range(0, len(made), size)])
+    of_groups = [{"params": made[at : at + size]} for at in range(0, len(made), size)]
+    optimizer = getattr(ppsf_dist, name)(of_groups)
     with pytest.MonkeyPatch.context() as patch:
         as_on_an_accelerator(patch)
         for _ in range(2):
@@ -265,10 +283,13 @@ def test_launched_by_triton_itself(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.kernels.launched"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
     assert not done.returncode, done.stderr
-    in_fp32, in_bf16 = json.loads(done.stdout)
-    numbers = {"begin_step", "fill_coefficients", "fill_scales", "find_cause", "contribute", "fill_gates", "end_step"}
-    assert {"pass_1", "pass_2", "pass_3"} | numbers <= set(in_fp32)
-    assert set(in_bf16) == {*in_fp32, "fill_keys"}
+    in_fp32, in_bf16, prodigy, sgd, radam = map(set, json.loads(done.stdout))
+    of_parameters = {"fill_coefficients", "fill_scales", "find_cause", "contribute", "fill_gates"}
+    passes = {"pass_1", "pass_3"}
+    assert passes | of_parameters | {"pass_2", "begin_prodigy_plus", "end_prodigy_plus"} <= in_fp32
+    assert in_bf16 == {*in_fp32, "fill_keys"}
+    assert passes | of_parameters | {"begin_prodigy", "learn_prodigy", "end_prodigy"} <= prodigy
+    assert passes | of_parameters | {"begin_schedulefree", "end_schedulefree"} <= sgd == radam
 
 
 def test_compiled_for_gpus_that_are_not_here(tmp_path: Path) -> None:

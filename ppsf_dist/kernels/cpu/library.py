@@ -21,6 +21,8 @@ from ppsf_dist.kernels.cpu.tables import GroupsTable, Job, MomentsTable, Paramet
 
 logger = logging.getLogger(__name__)
 
+METHODS = ("prodigy_plus", "prodigy", "schedulefree")
+"""Whose numbers it computes."""
 TABLES = (Piece, Task, Job, PlanTable, MomentsTable, GroupsTable, ParametersTable)
 """What Python mirrors."""
 
@@ -66,14 +68,15 @@ class Library:
         self.is_packed = function("is_packed", plan, count, returns=ctypes.c_int)
         self.pack = function("pack", plan, count)
         groups, of, address = ctypes.POINTER(GroupsTable), ctypes.POINTER(ParametersTable), ctypes.c_void_p
-        self.begin_step = function("begin_step", groups)
+        self.begin = {name: function(f"begin_{name}", groups) for name in METHODS}
+        self.learn = {name: function(f"learn_{name}", groups, address) for name in ("prodigy",)}
+        self.end = {name: function(f"end_{name}", groups, address, address) for name in METHODS}
         self.fill_coefficients = function("fill_coefficients", groups, of)
         self.fill_keys = function("fill_keys", of, ctypes.c_uint32)
         self.fill_scales = function("fill_scales", groups, of)
-        self.find_cause = function("find_cause", of, address, returns=ctypes.c_int)
+        self.find_cause = function("find_cause", groups, of, address, returns=ctypes.c_int)
         self.contribute = function("contribute", groups, of, address, address, address, address)
-        self.fill_gates = function("fill_gates", of, address, ctypes.c_int)
-        self.end_step = function("end_step", groups, address, address)
+        self.fill_gates = function("fill_gates", groups, of, address, address)
         self.fuses = bool(function("fuses", returns=ctypes.c_int)())
 
 

@@ -1,28 +1,23 @@
-// What lies between the passes: the numbers of groups (as ppsf_dist/methods/prodigy_plus.py has them) and of parameters (as
-// ppsf_dist/engine/part_numbers.py), in fp64. For torch their formulas are a hundred operators on short vectors.
+// What lies between the passes: the numbers of parameters, as ppsf_dist/engine/part_numbers.py has them, and what the
+// numbers of groups have in common whatever the method, in fp64. For torch their formulas are a hundred operators on
+// short vectors. What groups do of their own is in numbers_of_*.h, a file for each module of ppsf_dist/methods.
 #pragma once
 #include "element.h"
 #include "plan.h"
 
 namespace ppsf {
 
-// Rows of the tables of a group, in the order of ProdigyPlus.hyper, of its numbers with those of a step, and of its
-// coefficients. The last of each counts them.
-namespace argument {
-enum { lr, beta1, beta2, beta3, beta4, growth_rate, weight_decay, d0, d_coef, eps, prodigy_steps, schedulefree_c, gain_is_d,
-    momentum_of_d, focus_fixed, d_limiter, use_speed, use_bias_correction, use_schedulefree, weight_decay_by_lr, rows };
-}
-namespace value {
-enum { d, d_prev, d_numerator, d_denom, prev_d_numerator, max_d_numerator, weight_sum, effective_lr, shared_d, k,
-    skipped_steps, gradient_norm, update_norm, cause, failures, rows };
-}
+// The first coefficients of every method (ppsf_dist.methods.base.AVERAGING); those of its own follow.
 namespace coefficient {
-enum { delta, c, q, beta1, weight_decay, keep, gain, d, d_eps, momentum_weight, beta2, square_weight, focus_correction, clamp,
-    beta3, s_weight, rows };
+enum { delta, c, q, beta1, weight_decay, keep, gain, own };
 }
-// What a step knows of a group from its beginning on.
+// What a step knows of a group (ppsf_dist.kernels.codes.KNOWN); what it needs to know of its own follows.
 namespace known {
-enum { k, d, delta, c, q, beta2, weight, weight_sum, adapts, unsound, rows };
+enum { k, delta, c, q, adapts, speeds, pauses, moves, unsound, own };
+}
+// The last numbers of a group, after the adaptive ones (ppsf_dist.engine.group_numbers.OF_THE_STEP).
+namespace last {
+enum { gradient_norm, update_norm, cause, failures, rows };
 }
 // ppsf_dist.methods.base.Total and Cause.
 namespace total {
@@ -40,11 +35,16 @@ namespace memory {
 enum { step, dot, l1, l2, rows };
 }
 
+// ppsf_dist.kernels.numbers.Options: what there is to do.
+namespace option {
+enum { pooled = 1 << 0, takes_mean = 1 << 1, averages_d = 1 << 2, quirks = 1 << 3, adam = 1 << 6, radam = 1 << 7 };
+}
+
 struct Groups {
-    int64_t count;
-    // One d for all groups, with the arguments of the first; whether steps take the harmonic mean of all, and whether it is
-    // computed; reference_quirks.
-    int64_t pooled, takes_mean, averages_d, quirks;
+    // Of groups, and of the rows of the tables: arguments, adaptive numbers (of those that of steps and that of skipped
+    // ones), coefficients.
+    int64_t count, arguments_count, adaptive, k, skipped_steps, coefficients_count;
+    int64_t options;
     // Rows by groups: the numbers before the step, the arguments, what a step knows, and the coefficients.
     const double* values;
     const double* arguments;
@@ -83,8 +83,6 @@ struct Parameters {
 inline double larger(double a, double b) { return a > b || a != a ? a : b; }
 inline double smaller(double a, double b) { return a < b || a != a ? a : b; }
 
-constexpr double LIMIT = 1.189207115002721;  // 2^(1/4)
-
 // base^count by squaring.
 inline double power(double base, double count) {
     double result = 1;
@@ -95,15 +93,6 @@ inline double power(double base, double count) {
 
 inline double fourth_root(double x) { return __builtin_sqrt(__builtin_sqrt(x)); }
 
-struct Group {
-    const Groups& all;
-    int64_t g;
-    double given(int row) const { return all.arguments[row * all.count + g]; }
-    double was(int row) const { return all.values[row * all.count + g]; }
-    double& knows(int row) const { return all.known[row * all.count + g]; }
-    float& scales(int row) const { return all.coefficients[row * all.count + g]; }
-};
-
 // RAdam's beta2 and rectification, as ppsf_dist/algorithm/second_moment.py.
 inline double radam(double k, double beta2, double* rectification) {
     const double grown = power(beta2, k), longest = 2 / (1 - beta2) - 1;
@@ -113,123 +102,62 @@ inline double radam(double k, double beta2, double* rectification) {
     return 1 - (1 - beta2) / (1 - grown);
 }
 
-void begin_step(const Groups& all) {
-    double unsound = 0;
-    for (int64_t i = 0; i < all.count; i++) {
-        const Group of{all, i};
-        const double d = of.was(value::d), k = of.was(value::k), lr = of.given(argument::lr);
-        const double beta1 = of.given(argument::beta1), decay = of.given(argument::weight_decay);
-        bool sound = __builtin_isfinite(d);
-        for (int row = 0; row < argument::rows; row++) sound &= __builtin_isfinite(of.given(row));
-        unsound += !sound;
+// The share of a step of some weight in the average (ppsf_dist/algorithm/averaging.py), and the new sum of weights.
+inline double averaged(double weight, double* weight_sum) {
+    *weight_sum += weight;
+    return *weight_sum > 0 ? weight / larger(*weight_sum, 2.2250738585072014e-308) : 0;
+}
 
-        double delta = (all.takes_mean && of.was(value::shared_d) > 0 ? of.was(value::shared_d) : d) * lr;
-        double beta2 = of.given(argument::beta2);
-        if (of.given(argument::use_bias_correction) > 0) {
-            double rectification;
-            beta2 = radam(k, beta2, &rectification);
-            delta *= rectification;
-        }
-        const double share = delta * delta, weight_sum = of.was(value::weight_sum) + share;
-        double c = weight_sum > 0 ? share / larger(weight_sum, 2.2250738585072014e-308) : 0;
-        const double constant = of.given(argument::schedulefree_c);
-        if (constant > 0) c = smaller(c * (1 - beta1) * constant, 1);
-        const double q = 1 - beta1 * (1 - c), weight = d * d / __builtin_sqrt(of.given(argument::d0));
-        const double steps = of.given(argument::prodigy_steps);
+// One of the groups, in all tables.
+struct Group {
+    const Groups& all;
+    int64_t g;
+    double given(int row) const { return all.arguments[row * all.count + g]; }
+    double was(int row) const { return all.values[row * all.count + g]; }
+    double& knows(int row) const { return all.known[row * all.count + g]; }
+    float& scales(int row) const { return all.coefficients[row * all.count + g]; }
+};
 
-        of.knows(known::k) = k, of.knows(known::d) = d, of.knows(known::delta) = delta;
-        of.knows(known::c) = c, of.knows(known::q) = q, of.knows(known::beta2) = beta2;
-        of.knows(known::weight) = weight, of.knows(known::weight_sum) = weight_sum;
-        of.knows(known::adapts) = steps == 0 || k < steps;
+// What is known of a group that nothing is special about; true if its arguments, and the first so many adaptive numbers,
+// are finite.
+inline bool begin_group(const Group& of, int64_t adaptive) {
+    of.knows(known::adapts) = of.knows(known::moves) = 1, of.knows(known::speeds) = of.knows(known::pauses) = 0;
+    bool sound = true;
+    for (int64_t row = 0; row < of.all.arguments_count; row++) sound &= __builtin_isfinite(of.given(int(row)));
+    for (int64_t row = 0; row < adaptive; row++) sound &= __builtin_isfinite(of.was(int(row)));
+    return sound;
+}
 
-        const double square = of.given(argument::focus_fixed) > 0 ? 1 : d * d;
-        of.scales(coefficient::delta) = float(delta), of.scales(coefficient::c) = float(c);
-        of.scales(coefficient::q) = float(q), of.scales(coefficient::beta1) = float(beta1);
-        of.scales(coefficient::weight_decay) = float(decay);
-        of.scales(coefficient::keep) = float(1 - decay * (of.given(argument::weight_decay_by_lr) > 0 ? delta : 1));
-        of.scales(coefficient::gain) = float(of.given(argument::gain_is_d) > 0 ? d : 1);
-        of.scales(coefficient::d) = float(d), of.scales(coefficient::d_eps) = float(d * of.given(argument::eps));
-        of.scales(coefficient::momentum_weight) =
-            float((1 - beta1) * (of.given(argument::momentum_of_d) > 0 ? d : 1));
-        of.scales(coefficient::beta2) = float(beta2);
-        of.scales(coefficient::square_weight) = float((1 - beta2) * square);
-        of.scales(coefficient::focus_correction) = 1, of.scales(coefficient::clamp) = float(fourth_root(k));
-        of.scales(coefficient::beta3) = float(of.given(argument::beta3));
-        of.scales(coefficient::s_weight) = float(weight);
-    }
+inline void end_beginning(const Groups& all, double unsound) {
     for (int64_t i = 0; i < all.count; i++) all.known[known::unsound * all.count + i] = unsound;
 }
 
-// d after a step, as ppsf_dist/algorithm/step_size.py: `total` is the new numerator, `largest` the largest so far.
-inline double adapted(const Group& of, double total, double largest, double denominator) {
-    const double d = of.knows(known::d), d0 = of.given(argument::d0), d_coef = of.given(argument::d_coef);
-    const double rate = of.given(argument::growth_rate), beta4 = of.given(argument::beta4);
-    const double most = rate > 0 && d != d0 ? rate * d : __builtin_inf();
-    if (of.given(argument::use_speed) > 0) {
-        const double before = of.was(value::d_numerator);
-        if (!(total >= largest && total > 0 && before > 0)) return d;
-        const double grown = d * smaller(__builtin_sqrt(larger(total / before, 0)), LIMIT) *
-            __builtin_sqrt(fourth_root(d_coef));
-        return larger(d, smaller(grown, most));
-    }
-    double estimate = total / denominator;
-    if (!of.all.quirks) estimate = d_coef * estimate;
-    if (of.given(argument::d_limiter) > 0) estimate = smaller(LIMIT * d, estimate);
-    if (of.all.quirks) estimate = d_coef * estimate;
-    estimate = smaller(estimate, most);
-    if (!(denominator > 0)) return d;
-    return beta4 > 0 ? beta4 * d + (1 - beta4) * larger(estimate, d0) : larger(d, estimate);
-}
-
-// The numbers after a step from the totals of its parts, rows by groups. Nothing but what is counted of a void one.
-void end_step(const Groups& all, const double* totals, double* after) {
+// What is counted of every step, void or not, in the numbers after it, which are those before it otherwise; true if it is
+// not void.
+inline bool count_step(const Groups& all, const double* totals, double* after) {
     const int64_t n = all.count;
-    double numerators = 0, denominators = 0, inverses = 0;
-    bool ok = true;
+    bool ok = true, moves = false;
     for (int64_t i = 0; i < n; i++) {
-        numerators += totals[total::numerator * n + i] * all.known[known::weight * n + i];
-        denominators += totals[total::denominator * n + i];
         ok &= totals[total::cause * n + i] == why::nothing;
+        moves |= all.known[known::moves * n + i] != 0;
     }
-    for (int64_t i = 0; i < value::rows * n; i++) after[i] = all.values[i];
+    ok &= moves;
+    for (int64_t i = 0; i < (all.adaptive + last::rows) * n; i++) after[i] = all.values[i];
     for (int64_t i = 0; i < n; i++) {
-        // With one d for all it is that of the first group.
-        const Group of{all, i}, first{all, all.pooled ? 0 : i};
-        double* next = after + i;
-        if (ok && first.knows(known::adapts) != 0) {
-            const double numerator = all.pooled ? numerators : totals[total::numerator * n + i] * of.knows(known::weight);
-            const double denominator = all.pooled ? denominators : totals[total::denominator * n + i];
-            const bool counts = first.knows(known::d) > first.given(argument::d0) || numerator > 0;
-            const double sum = first.given(argument::beta3) * first.was(value::d_numerator) + (counts ? numerator : 0);
-            const double largest = larger(sum, first.was(value::max_d_numerator));
-            next[value::d * n] = adapted(first, sum, largest, denominator);
-            next[value::d_prev * n] = of.knows(known::d);
-            next[value::d_numerator * n] = sum, next[value::d_denom * n] = denominator;
-            next[value::prev_d_numerator * n] = first.was(value::d_numerator);
-            next[value::max_d_numerator * n] = largest;
-        }
-        if (ok) {
-            const bool averages = of.given(argument::use_schedulefree) > 0;
-            if (totals[total::moved * n + i] > 0 || !averages) {
-                // Of an average that has been switched off nothing is left.
-                next[value::weight_sum * n] = averages ? of.knows(known::weight_sum) : 0;
-                next[value::effective_lr * n] = of.given(argument::lr) * (averages ? of.knows(known::q) : 1);
-            }
-            next[value::k * n] += 1;
-        }
         const double cause = totals[total::cause * n + i];
-        next[value::skipped_steps * n] += cause == why::gradient || cause == why::number;
-        next[value::failures * n] += cause == why::failure;
-        if (!ok) next[value::cause * n] = cause;
-        next[value::gradient_norm * n] = __builtin_sqrt(totals[total::gradient_square * n + i]);
-        next[value::update_norm * n] = __builtin_sqrt(totals[total::update_square * n + i]);
-        inverses += 1 / next[value::d * n];
+        double* of_step = after + all.adaptive * n + i;
+        after[all.k * n + i] += ok;
+        after[all.skipped_steps * n + i] += cause == why::gradient || cause == why::number;
+        of_step[last::failures * n] += cause == why::failure;
+        if (!ok) of_step[last::cause * n] = cause;
+        of_step[last::gradient_norm * n] = __builtin_sqrt(totals[total::gradient_square * n + i]);
+        of_step[last::update_norm * n] = __builtin_sqrt(totals[total::update_square * n + i]);
     }
-    for (int64_t i = 0; i < n && ok && all.averages_d; i++) after[value::shared_d * n + i] = double(n) / inverses;
+    return ok;
 }
 
 void fill_coefficients(const Groups& all, const Parameters& of) {
-    for (int row = 0; row < coefficient::rows; row++)
+    for (int64_t row = 0; row < all.coefficients_count; row++)
         for (int64_t i = 0; i < of.count; i++)
             of.coefficients[row * of.count + i] = all.coefficients[row * all.count + of.group_of[i]];
 }
@@ -264,13 +192,13 @@ void fill_scales(const Groups& all, const Parameters& of) {
     }
 }
 
-// Which parameters have a gradient on some rank, and why nothing may be written, if so. In fp64 the sums of finite numbers
-// are finite, and sums of others are not.
-int find_cause(const Parameters& of, uint8_t* active) {
+// Which parameters have a gradient on some rank, and a group that does not pause, and why nothing may be written, if so.
+// In fp64 the sums of finite numbers are finite, and sums of others are not.
+int find_cause(const Groups& all, const Parameters& of, uint8_t* active) {
     double state = 0, gradients = 0;
     for (int64_t i = 0; i < of.count; i++) {
         const double* sums = of.stats + i * of.columns;
-        active[i] = sums[stat::present] > 0;
+        active[i] = sums[stat::present] > 0 && all.known[known::pauses * all.count + of.group_of[i]] == 0;
         for (int column = stat::dot; column < stat::late_mask; column++) state += sums[column];
         gradients += sums[stat::largest_square];
     }
@@ -313,22 +241,27 @@ void contribute(const Groups& all, const Parameters& of, const uint8_t* active, 
         const double* sums = of.stats + i * of.columns;
         double* sum = totals + group.g;
         after[i] += 1;
+        // Of one that stands still, too.
+        sum[total::gradient_square * n] += sums[stat::gg];
         if (!active[i]) continue;
         if (group.knows(known::adapts) != 0) {
             double numerator = stored(sums[stat::dot], of.traits[i] & ROUNDS_SAMPLES);
             double denominator = stored(sums[stat::s_l1], of.traits[i] & ROUNDS_S);
-            if (group.given(argument::use_speed) > 0)
+            if (group.knows(known::speeds) != 0)
                 speed(of, i, group.knows(known::k), after + i, &numerator, &denominator);
             sum[total::numerator * n] += numerator, sum[total::denominator * n] += denominator;
         }
         const double advance = amount(of, i) * group.knows(known::delta);
-        sum[total::moved * n] += 1, sum[total::gradient_square * n] += sums[stat::gg];
+        sum[total::moved * n] += 1;
         sum[total::update_square * n] += of.traits[i] & MEASURED ? sums[stat::uu] * (advance * advance) : __builtin_nan("");
     }
 }
 
-void fill_gates(const Parameters& of, const uint8_t* active, int cause) {
-    for (int64_t i = 0; i < of.count; i++) of.moments_gate[i] = of.weights_gate[i] = active[i] && cause == why::nothing;
+void fill_gates(const Groups& all, const Parameters& of, const uint8_t* active, double cause) {
+    for (int64_t i = 0; i < of.count; i++) {
+        const bool moves = all.known[known::moves * all.count + of.group_of[i]] != 0;
+        of.moments_gate[i] = of.weights_gate[i] = active[i] && moves && cause == why::nothing;
+    }
 }
 
 }  // namespace ppsf

@@ -1,7 +1,9 @@
 // The passes of ppsf_dist.kernels.interface over everything in a plan: plain C calls without torch, Python or threads of
 // their own. Several threads may be in the same call; which of them does a task changes no bit.
 #include "moments.h"
-#include "numbers.h"
+#include "numbers_of_prodigy.h"
+#include "numbers_of_prodigy_plus.h"
+#include "numbers_of_schedulefree.h"
 #include "tasks.h"
 
 namespace ppsf {
@@ -150,8 +152,26 @@ EXPORTED void ppsf_pack(const Plan* plan, int64_t tasks) {
     }
 }
 
-// The numbers between the passes, in the order in which a step needs them.
-EXPORTED void ppsf_begin_step(const Groups* groups) { begin_step(*groups); }
+// The numbers between the passes: those of groups by method, then those of parameters, in the order of a step.
+EXPORTED void ppsf_begin_prodigy_plus(const Groups* groups) { prodigy_plus::begin(*groups); }
+
+EXPORTED void ppsf_end_prodigy_plus(const Groups* groups, const double* totals, double* after) {
+    prodigy_plus::end(*groups, totals, after);
+}
+
+EXPORTED void ppsf_begin_prodigy(const Groups* groups) { prodigy::begin(*groups); }
+
+EXPORTED void ppsf_learn_prodigy(const Groups* groups, const double* totals) { prodigy::learn(*groups, totals); }
+
+EXPORTED void ppsf_end_prodigy(const Groups* groups, const double* totals, double* after) {
+    prodigy::end(*groups, totals, after);
+}
+
+EXPORTED void ppsf_begin_schedulefree(const Groups* groups) { schedulefree::begin(*groups); }
+
+EXPORTED void ppsf_end_schedulefree(const Groups* groups, const double* totals, double* after) {
+    schedulefree::end(*groups, totals, after);
+}
 
 EXPORTED void ppsf_fill_coefficients(const Groups* groups, const Parameters* of) { fill_coefficients(*groups, *of); }
 
@@ -159,16 +179,18 @@ EXPORTED void ppsf_fill_keys(const Parameters* of, uint32_t seed) { fill_keys(*o
 
 EXPORTED void ppsf_fill_scales(const Groups* groups, const Parameters* of) { fill_scales(*groups, *of); }
 
-EXPORTED int ppsf_find_cause(const Parameters* of, uint8_t* active) { return find_cause(*of, active); }
+EXPORTED int ppsf_find_cause(const Groups* groups, const Parameters* of, uint8_t* active) {
+    return find_cause(*groups, *of, active);
+}
 
 EXPORTED void ppsf_contribute(
     const Groups* groups, const Parameters* of, const uint8_t* active, const double* cause, double* totals, double* after) {
     contribute(*groups, *of, active, *cause, totals, after);
 }
 
-EXPORTED void ppsf_fill_gates(const Parameters* of, const uint8_t* active, int cause) { fill_gates(*of, active, cause); }
-
-EXPORTED void ppsf_end_step(const Groups* groups, const double* totals, double* after) { end_step(*groups, totals, after); }
+EXPORTED void ppsf_fill_gates(const Groups* groups, const Parameters* of, const uint8_t* active, const double* cause) {
+    fill_gates(*groups, *of, active, *cause);
+}
 
 // Whether it rounds once where it may.
 EXPORTED int ppsf_fuses() { return FUSES; }

@@ -18,8 +18,9 @@ BUILT = HERE / "built"
 COMPILED = ("passes.cpp", "bf16.cpp")
 """Compiled at the same time, which is what first use waits for."""
 SOURCES = (
-    *COMPILED, "tasks.h", "pass_1.h", "pass_2.h", "pass_3.h", "common.h", "moments.h", "numbers.h", "walk.h", "block.h",
-    "element.h", "plan.h",
+    *COMPILED, "tasks.h", "pass_1.h", "pass_2.h", "pass_3.h", "common.h", "moments.h", "walk.h", "block.h",
+    "numbers_of_prodigy_plus.h", "numbers_of_prodigy.h", "numbers_of_schedulefree.h", "numbers.h", "element.h",
+    "plan.h",
 )  # fmt: skip
 COMPILE = (
     "-O1", "-ftree-vectorize", "-std=c++17", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",

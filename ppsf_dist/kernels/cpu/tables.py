@@ -63,7 +63,10 @@ class GroupsTable(ctypes.Structure):
     """The numbers of all groups: rows by groups."""
 
     _fields_ = [
-        *[(name, c_int64) for name in ("count", "pooled", "takes_mean", "averages_d", "quirks")],
+        *[
+            (name, c_int64)
+            for name in ("count", "arguments_count", "adaptive", "k", "skipped_steps", "coefficients_count", "options")
+        ],
         *[(name, c_void_p) for name in ("values", "arguments", "known", "coefficients")],
     ]
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 
 import torch
 
 from ppsf_dist.kernels.cpu.source import Unavailable
 from ppsf_dist.kernels.interface import Kernels
-from ppsf_dist.methods.base import StepNumbers
+from ppsf_dist.kernels.numbers import NumbersKernels
 
 
 def load(device: torch.device) -> Kernels:
@@ -27,8 +26,8 @@ def load(device: torch.device) -> Kernels:
     return TritonKernels()
 
 
-def step_numbers() -> Mapping[type[StepNumbers], type[StepNumbers]]:
-    """What computes the numbers of a step by Triton, by what computes them with torch, where ``load`` has found it."""
+def numbers() -> NumbersKernels:
+    """What computes the numbers of groups by Triton, where ``load`` has found it."""
     from ppsf_dist.kernels.triton.step_numbers import TRITON_NUMBERS
 
     return TRITON_NUMBERS

@@ -79,11 +79,13 @@ def fill_scales(
     numbers.put(of.scales, AT.scale.advance, count, i, here, factor * delta)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["groups_count", "count"])
 def find_cause(
-    of, squares, active, cause, count, AT: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+    groups, of, squares, active, cause, groups_count, count, AT: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Which parameters have a gradient on some rank, and why nothing may be written, if so. One program.
+    """Which parameters have a gradient on some rank, and a group that does not pause, and why nothing may be written,
+    if so. One program.
 
     In fp64 the sums of finite numbers are finite, and sums of others are not: ``squares`` is that of g^2.
     """
@@ -91,7 +93,10 @@ def find_cause(
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
         here = i < count
-        tl.store(active + i, (sum_of(of, i, here, AT.stat.present, COLUMNS) > 0.0).to(tl.uint8), mask=here)
+        group = tl.load(of.group_of + i, mask=here, other=0)
+        pauses = numbers.row(groups.known, AT.known.pauses, groups_count, group, here) != 0.0
+        moves = (sum_of(of, i, here, AT.stat.present, COLUMNS) > 0.0) & (pauses == 0)
+        tl.store(active + i, moves.to(tl.uint8), mask=here)
         for number in tl.static_range(COLUMNS):
             if number >= AT.stat.dot and number < AT.stat.late_mask:
                 weights += tl.where(numbers.is_finite(sum_of(of, i, here, number, COLUMNS)), 0.0, 1.0)
@@ -143,7 +148,7 @@ def contribute(
         l1 = numbers.row(of.numbers, AT.memory.max_x0_minus_l1_norm, count, i, here)
         l2 = numbers.row(of.numbers, AT.memory.max_x0_minus_l2_norm, count, i, here)
         if ON.speed:
-            speeds = tl.load(groups.given + AT.given.use_speed * groups_count + g) > 0.0
+            speeds = tl.load(at + AT.known.speeds * groups_count) != 0.0
             now_l1 = as_stored(sum_of(of, i, here, AT.stat.delta_l1, COLUMNS), rounds)
             now_l2 = as_stored(tl.sqrt(sum_of(of, i, here, AT.stat.delta_square, COLUMNS)), rounds)
             decay = 1.0 - 1.0 / (tl.sqrt(k) * numbers.fourth_root(k))
@@ -164,7 +169,8 @@ def contribute(
         numerators += tl.where(counts, numerator, 0.0)
         denominators += tl.where(counts, denominator, 0.0)
         moved += tl.where(moves, 1.0, 0.0)
-        gradient_squares += tl.where(moves, sum_of(of, i, here, AT.stat.gg, COLUMNS), 0.0)
+        # Of one that stands still, too.
+        gradient_squares += tl.where(here, sum_of(of, i, here, AT.stat.gg, COLUMNS), 0.0)
         unknown = tl.full([BLOCK], NAN, tl.int64).to(tl.float64, bitcast=True)
         update_squares += tl.where(moves, tl.where(has(traits, AT.trait.measured), update, unknown), 0.0)
     to = totals + g
@@ -176,11 +182,14 @@ def contribute(
     tl.store(to + AT.total.cause * groups_count, tl.load(cause))
 
 
-@triton.jit(do_not_specialize=["count"])
-def fill_gates(of, active, cause, count, AT: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["groups_count", "count"])
+def fill_gates(groups, of, active, cause, groups_count, count, AT: tl.constexpr, BLOCK: tl.constexpr):
     """What pass 3 may write, once the step has been decided."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = i < count
-    writes = walk.only_if(tl.load(cause) == AT.cause.nothing, tl.load(active + i, mask=here, other=0) != 0)
+    group = tl.load(of.group_of + i, mask=here, other=0)
+    moves = numbers.row(groups.known, AT.known.moves, groups_count, group, here) != 0.0
+    moves &= tl.load(active + i, mask=here, other=0) != 0
+    writes = walk.only_if(tl.load(cause) == AT.cause.nothing, moves)
     tl.store(of.moments_gate + i, writes.to(tl.uint8), mask=here)
     tl.store(of.weights_gate + i, writes.to(tl.uint8), mask=here)

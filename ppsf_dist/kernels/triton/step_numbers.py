@@ -1,25 +1,22 @@
-"""The numbers of groups by Triton: one kernel at the beginning of a step and one at its end.
-
-As in C++ (``ppsf_dist/kernels/cpu/numbers.py``) the formulas are those of the class that each derives from, which is
-the truth that tests compare them with.
-"""
+"""The numbers of groups by Triton: one kernel at the beginning of a step and one at its end. Imports Triton."""
 
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ppsf_dist.kernels.codes import KNOWN, TRAITS
 from ppsf_dist.kernels.interface import Scales
-from ppsf_dist.kernels.triton import numbers
+from ppsf_dist.kernels.numbers import FastNumbers, NumbersKernels, Options
 from ppsf_dist.kernels.triton.launching import run
-from ppsf_dist.methods.base import Cause, StepNumbers, Total
-from ppsf_dist.methods.prodigy_plus import PRODIGY_PLUS, ProdigyPlusNumbers
+from ppsf_dist.kernels.triton.numbers_of_prodigy import begin_prodigy, end_prodigy, learn_prodigy
+from ppsf_dist.kernels.triton.numbers_of_prodigy_plus import begin_prodigy_plus, end_prodigy_plus
+from ppsf_dist.kernels.triton.numbers_of_schedulefree import begin_schedulefree, end_schedulefree
+from ppsf_dist.methods.base import Cause, Total
 from ppsf_dist.methods.sums import Stat
 from ppsf_dist.state.inventory import PARAMETER_NUMBERS
 
@@ -40,26 +37,6 @@ class Groups(NamedTuple):
     given: Tensor
     known: Tensor
     coefficients: Tensor
-
-
-class On(NamedTuple):
-    """What there is to do for some group.
-
-    Attributes:
-        pooled: one d serves all, with the arguments of the first.
-        takes_mean: steps take the harmonic mean of every d.
-        averages_d: it is computed.
-        quirks: ``reference_quirks``.
-        corrects: ``use_bias_correction``.
-        speed: ``use_speed``.
-    """
-
-    pooled: bool
-    takes_mean: bool
-    averages_d: bool
-    quirks: bool
-    corrects: bool
-    speed: bool
 
 
 class RowsOfNumbers(NamedTuple):
@@ -85,13 +62,15 @@ def places(table: str, rows: Sequence[str], numbers_: Sequence[int] | None = Non
 
 
 @cache
-def rows_of(was: tuple[str, ...]) -> RowsOfNumbers:
-    """Where everything stands, where the numbers of groups are these."""
+def rows_of(
+    given: tuple[str, ...], was: tuple[str, ...], own: tuple[str, ...], coefficients: tuple[str, ...]
+) -> RowsOfNumbers:
+    """Where everything stands, where the arguments of groups, their numbers, and so on, are these."""
     return RowsOfNumbers(
-        given=places("given", PRODIGY_PLUS.hyper),
+        given=places("given", given),
         was=places("was", was),
-        known=places("known", KNOWN),
-        coefficients=places("coefficients", PRODIGY_PLUS.coefficients),
+        known=places("known", [*KNOWN, *[name.lstrip("_") for name in own]]),
+        coefficients=places("coefficients", coefficients),
         total=places("total", [total.name for total in Total]),
         cause=places("cause", [cause.name for cause in Cause]),
         stat=places("stat", [stat.name for stat in Stat]),
@@ -103,47 +82,52 @@ def rows_of(was: tuple[str, ...]) -> RowsOfNumbers:
     )
 
 
-class TritonProdigyPlusNumbers(ProdigyPlusNumbers):
-    """The numbers of one step of ProdigyPlusScheduleFree, on an accelerator.
+class Told(NamedTuple):
+    """What kernels are told of the groups for one step.
 
     Attributes:
-        tables: of the groups, for this step.
-        on, rows: what kernels are compiled for.
+        tables: of the groups.
+        on: what there is to do.
+        rows: where everything stands.
+        group_count: how many groups there are.
     """
 
-    backend = "triton"
+    tables: Groups
+    on: Options
+    rows: RowsOfNumbers
+    group_count: int
 
-    def _begin(self) -> None:
-        numbers_, first, count = self._numbers, self._groups[0], len(self._groups)
-        device = numbers_.values.device
-        known = torch.empty(len(KNOWN), count, dtype=torch.float64, device=device)
-        self._table = torch.empty(len(PRODIGY_PLUS.coefficients), count, dtype=torch.float32, device=device)
-        self.tables = Groups(numbers_.values, numbers_.hyper_table, known, self._table)
-        self.on = On(
-            pooled=not first["split_groups"],
-            takes_mean=first["split_groups_mean"],
-            averages_d=first["split_groups"] and first["split_groups_mean"],
-            quirks=first["reference_quirks"],
-            corrects=self._any("use_bias_correction"),
-            speed=self._any("use_speed"),
+
+BEGIN = {"prodigy_plus": begin_prodigy_plus, "prodigy": begin_prodigy, "schedulefree": begin_schedulefree}
+END = {"prodigy_plus": end_prodigy_plus, "prodigy": end_prodigy, "schedulefree": end_schedulefree}
+
+
+class TritonNumbers:
+    """Implements ``ppsf_dist.kernels.numbers.NumbersKernels``, for groups on an accelerator: a kernel for each."""
+
+    name = "triton"
+
+    def begin(self, step: FastNumbers) -> Told:
+        numbers, method = step.numbers, step.method
+        told = Told(
+            Groups(numbers.values, numbers.hyper_table, step.known, step.coefficients_table),
+            step.options,
+            rows_of(method.hyper, numbers.rows, step.own, method.coefficients),
+            numbers.values.shape[1],
         )
-        self.rows = rows_of(numbers_.rows)
-        run(
-            numbers.begin_step, 1, self.tables, count, ON=self.on, AT=self.rows, ARGUMENTS=len(PRODIGY_PLUS.hyper),
-            BLOCK=GROUPS_AT_ONCE,
-        )  # fmt: skip
-        rows = known.unbind()
-        self.k, self.d, self.delta, self.c, self.q, self.beta2, self._weight, self._weight_sum, adapts, unsound = rows
-        self.unsound = unsound[0]
-        if self._any("prodigy_steps"):
-            self.adapts = adapts > 0
+        adaptive = {} if step.kind == "prodigy_plus" else {"ADAPTIVE": len(numbers.adaptive)}
+        self._run(BEGIN[step.kind], told, ARGUMENTS=len(method.hyper), **adaptive)
+        return told
 
-    def _numbers_after(self, totals: Tensor) -> Tensor:
-        after = torch.empty_like(self._numbers.values)
-        arguments = totals.contiguous(), after, len(self._groups)
-        run(numbers.end_step, 1, self.tables, *arguments, ON=self.on, AT=self.rows, BLOCK=GROUPS_AT_ONCE)
-        return after
+    def learn(self, step: FastNumbers, totals: Tensor) -> None:
+        self._run(learn_prodigy, step.told, totals)
+
+    def end(self, step: FastNumbers, totals: Tensor, after: Tensor) -> None:
+        self._run(END[step.kind], step.told, totals, after)
+
+    def _run(self, kernel: Any, told: Told, *tensors: Tensor, **constants: int) -> None:
+        options = {"ON": told.on, "AT": told.rows, "BLOCK": GROUPS_AT_ONCE, **constants}
+        run(kernel, 1, told.tables, *tensors, told.group_count, **options)
 
 
-TRITON_NUMBERS: Mapping[type[StepNumbers], type[StepNumbers]] = {ProdigyPlusNumbers: TritonProdigyPlusNumbers}
-"""What computes the numbers of a step by Triton, by what computes them with torch."""
+TRITON_NUMBERS: NumbersKernels = TritonNumbers()
