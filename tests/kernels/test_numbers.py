@@ -6,6 +6,7 @@ Triton interprets, which it does on ranks of the pool.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,8 @@ from tests.harness.kernels import kernels as kernels_of
 from tests.harness.pool import run
 from tests.kernels.drawn import COVERED, CPU, METHODS, Part, groups_of, signed
 
+Comparison = Callable[[str, st.DataObject, str], None]
+
 
 def close(native: Tensor, torchs: Tensor, digits: float = 1e-12) -> None:
     """Powers are products or roots in C++: of a thousand factors some last places."""
@@ -49,8 +52,11 @@ def digits_of(method: Method, of: list[dict[str, Any]]) -> float:
 
     In its first steps that is a small difference of large numbers: ``rho - 4`` of ``2 k beta2^k / (1 - beta2^k)``.
     """
-    steps = torch.tensor([group["k"] + (method is RADAM_METHOD) for group in of], dtype=torch.float64)
-    beta2 = torch.tensor([group["betas"][1] if "betas" in group else 0.9 for group in of], dtype=torch.float64)
+    rectified = [group for group in of if method is RADAM_METHOD or group.get("use_bias_correction")]
+    if method not in (RADAM_METHOD, PRODIGY_PLUS) or not rectified:
+        return 1e-12
+    steps = torch.tensor([group["k"] + (method is RADAM_METHOD) for group in rectified], dtype=torch.float64)
+    beta2 = torch.tensor([group["betas"][1] for group in rectified], dtype=torch.float64)
     grown = beta2**steps
     rho = 2 / (1 - beta2) - 1 - 2 * steps * grown / (1 - grown)
     moved = torch.finfo(torch.float64).eps * 2 * steps * grown / (1 - grown) ** 2 / (rho - 4)
@@ -149,27 +155,6 @@ def test_groups(name: str, data: st.DataObject) -> None:
     compare_groups(name, data, "native")
 
 
-@pytest.mark.dist
-def test_groups_by_triton() -> None:
-    """The fifth is in a second round of a program."""
-    run(1, interpreted, _four_groups_at_once)
-
-
-def _four_groups_at_once() -> None:
-    from ppsf_dist.kernels.triton import step_numbers
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_numbers, "GROUPS_AT_ONCE", 4)
-        for name in (PRODIGY_PLUS.name, *METHODS):
-            _groups_by_triton(name)
-
-
-@settings(max_examples=8, deadline=None, database=None, phases=[Phase.generate])
-@given(st.data())
-def _groups_by_triton(name: str, data: st.DataObject) -> None:
-    compare_groups(name, data, "triton")
-
-
 def compare_groups(name: str, data: st.DataObject, backend: str) -> None:
     of, method = data.draw(groups_of(name)), METHODS[name]
     size = "d" if "d" in method.numbers else "weight_sum"
@@ -219,27 +204,6 @@ def compare_groups(name: str, data: st.DataObject, backend: str) -> None:
 def test_parameters(name: str, data: st.DataObject) -> None:
     """Coefficients, keys, scales, verdicts, contributions and gates, for every switch that C++ knows."""
     compare_parameters(name, data, "native")
-
-
-@pytest.mark.dist
-def test_parameters_by_triton() -> None:
-    """The ninth and tenth are in a second program, or a second round of one."""
-    run(1, interpreted, _eight_parameters_at_once)
-
-
-def _eight_parameters_at_once() -> None:
-    from ppsf_dist.engine import triton_numbers
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_numbers, "AT_ONCE", 8)
-        for name in (PRODIGY_PLUS.name, *METHODS):
-            _parameters_by_triton(name)
-
-
-@settings(max_examples=8, deadline=None, database=None, phases=[Phase.generate])
-@given(st.data())
-def _parameters_by_triton(name: str, data: st.DataObject) -> None:
-    compare_parameters(name, data, "triton")
 
 
 def compare_parameters(name: str, data: st.DataObject, backend: str) -> None:
@@ -299,3 +263,27 @@ def compare_what_is_learned(ours: Any, theirs: Any, part: Part, verdict: Verdict
         assert ours[1].fill_gates(of_all, host) == theirs[1].fill_gates(of_all, host)
         assert ours[2].gates.moments.tolist() == theirs[2].gates.moments.tolist()
         assert ours[2].gates.weights.tolist() == theirs[2].gates.weights.tolist()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("compare", [compare_groups, compare_parameters])
+def test_by_triton(compare: Comparison) -> None:
+    """Few at once: the fifth group and the ninth parameter are in a second round of a program, or a second program."""
+    run(1, interpreted, _few_at_once, compare)
+
+
+def _few_at_once(compare: Comparison) -> None:
+    from ppsf_dist.engine import triton_numbers
+    from ppsf_dist.kernels.triton import step_numbers
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_numbers, "GROUPS_AT_ONCE", 4)
+        patch.setattr(triton_numbers, "AT_ONCE", 8)
+        for name in (PRODIGY_PLUS.name, *METHODS):
+            _by_triton(compare, name)
+
+
+@settings(max_examples=8, deadline=None, database=None, phases=[Phase.generate])
+@given(st.data())
+def _by_triton(compare: Comparison, name: str, data: st.DataObject) -> None:
+    compare(name, data, "triton")
