@@ -1,9 +1,10 @@
 """Kernels on an accelerator beside the same on the CPU: ``python -m tests.on_device [--device cuda] [--jobs 16]``.
 
-Runs of every switch with eager kernels, with Triton's where they compute the switch, and those once more in a captured
-step, which has to be the same bit for bit; and one step of Triton's kernels on every kind of shard with every switch
-that they compute. Prints a line for each and ends with 1 if one of them is off. From the second step of a run on, a
-wait of the host for the device is an error (CUDA only: other devices cannot say so).
+Runs of every switch, and of other classes of the package, with eager kernels, with Triton's where they compute the
+switch, and those once more in a captured step, which has to be the same bit for bit; and one step of Triton's kernels
+on every kind of shard with every switch that they compute. Prints a line for each and ends with 1 if one of them is
+off. From the second step of a run on, a wait of the host for the device is an error (CUDA only: other devices cannot
+say so).
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from torch import nn
 from ppsf_dist import CapturedStep
 from ppsf_dist.kernels import report
 from ppsf_dist.kernels.triton import available
+from ppsf_dist.optimizers.base import DistributedOptimizer
+from tests.family import FAMILY
 from tests.harness.kernels import kernels as using
 from tests.harness.models import gradient_sequence, initial_weights, named_shapes
 from tests.kernels.sides import CUTS, Cut, make
 from tests.kernels.test_native import CLAIMED, compare
-from tests.runs import Run, difference, make_optimizer
+from tests.runs import Run, difference, make_optimizer, make_other
 from tests.switches import EVERY, Switch
 from tests.test_layouts import UNSTABLE
 
@@ -44,6 +47,17 @@ SHARDS = CUTS | {
     "large and long": Cut.everything((300001,)),
 }
 """The large ones are several tasks."""
+
+
+SISTERS = (
+    ("Prodigy", "default"), ("Prodigy", "bias_correction"), ("SGDScheduleFree", "warmup"),
+    ("AdamWScheduleFree", "decay"), ("RAdamScheduleFree", "sgd_phase"),
+)  # fmt: skip
+RUNS: dict[str, tuple[str, Switch]] = {
+    **{name: ("ProdigyPlusScheduleFree", switch) for name, switch in EVERY.items()},
+    **{f"{name} {variant}": (name, FAMILY[name].variants[variant]) for name, variant in SISTERS},
+}
+"""Classes and their arguments."""
 
 
 class Found(NamedTuple):
@@ -66,40 +80,43 @@ def no_waiting(device: str) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def train(
-    device: str, dtype: torch.dtype, switch: Switch, kernels: str, *, captured: bool = False
-) -> tuple[Run, set[str]]:
+def train(device: str, dtype: torch.dtype, what: str, kernels: str, *, captured: bool = False) -> tuple[Run, set[str]]:
     """A run on a device, and the kernels that it has used."""
     start = initial_weights(SHAPES, dtype=dtype)
     parameters = {name: nn.Parameter(value.to(device, copy=True)) for name, value in start.items()}
     with using(kernels):
-        optimizer = make_optimizer(parameters, 2, **switch)
+        name, switch = RUNS[what]
+        optimizer: DistributedOptimizer
+        if name == "ProdigyPlusScheduleFree":
+            optimizer = make_optimizer(parameters, 2, **switch)
+        else:
+            optimizer = make_other(name, parameters, 2, **switch)
     step_once = CapturedStep(optimizer, warm_up=1) if captured else optimizer.step
     run = Run(start, {}, {})
     for step, gradients in enumerate(gradient_sequence(SHAPES, STEPS, dtype=dtype)):
-        for name, parameter in parameters.items():
-            gradient = gradients[name]
+        for key, parameter in parameters.items():
+            gradient = gradients[key]
             assert gradient is not None
             parameter.grad = gradient.to(device)
         # Frozen statistics are another plan, made when the steps for them are over. A capture waits by itself.
         replans = step == switch.get("prodigy_steps", 0) - 1 or (captured and step < 2)
         with no_waiting("" if step == 0 or replans else device):
             step_once()
-        optimizer.get_d()
+        assert optimizer.skipped_steps == 0  # Waits for the numbers.
         run.groups.append([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
     run.weights = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
     return run, {use.backend for use in report(optimizer)}
 
 
 def check_switch(device: str, name: str, dtype: torch.dtype) -> Iterator[Found]:
-    """Runs with a switch."""
-    switch, allowed = EVERY[name], ALLOWED[dtype]
+    """Runs with a switch, or of another class."""
+    allowed = ALLOWED[dtype]
     if name in UNSTABLE and dtype == torch.float32:
         allowed = UNSTABLE[name]
-    reference, _ = train("cpu", dtype, switch, "auto")
+    reference, _ = train("cpu", dtype, name, "auto")
     fast = None
     for kernels in ("eager", "native"):
-        ours, backends = train(device, dtype, switch, kernels)
+        ours, backends = train(device, dtype, name, kernels)
         if kernels == "native" and "eager" in backends:
             continue
         fast = ours if kernels == "native" else None
@@ -107,7 +124,7 @@ def check_switch(device: str, name: str, dtype: torch.dtype) -> Iterator[Found]:
         off = any(not apart[key] <= bound for key, bound in allowed.items())
         yield Found(kernels, f"d {apart['d']:.0e}  weights {apart['weights']:.0e}", off)
     if fast is not None and device.startswith("cuda"):
-        ours, _ = train(device, dtype, switch, "native", captured=True)
+        ours, _ = train(device, dtype, name, "native", captured=True)
         same = ours.groups == fast.groups and all(torch.equal(v, fast.weights[k]) for k, v in ours.weights.items())
         yield Found("captured", "the same" if same else "another run", not same)
 
@@ -148,9 +165,11 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", help="device to compare with the CPU (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="processes, since most of it is compilation (default: 1)")
     parser.add_argument("--kind", nargs="+", default=list(CHECKS), choices=list(CHECKS), help="(default: both)")
-    parser.add_argument("--switch", nargs="+", metavar="NAME", help="of tests/switches.py (default: all)")
+    parser.add_argument(
+        "--switch", nargs="+", metavar="NAME", help="of tests/switches.py, or a class and a variant (default: all)"
+    )
     arguments = parser.parse_args()
-    names = {"runs": list(EVERY), "shards": list(CLAIMED)}
+    names = {"runs": list(RUNS), "shards": list(CLAIMED)}
     failed = compared = 0
     with ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         waiting = {
