@@ -25,6 +25,12 @@ def put(table, number, count, i, here, x):
 
 
 @triton.jit
+def put_if(groups, after, number, count, i, here, condition, x):
+    """A number after the step: this one on a condition, else that before it."""
+    put(after, number, count, i, here, tl.where(condition, x, row(groups.was, number, count, i, here)))
+
+
+@triton.jit
 def larger(a, b):
     """As torch.maximum: of a NaN and a number it is NaN."""
     return tl.where((a > b) | (a != a), a, b)
@@ -126,15 +132,15 @@ def is_written(groups, totals, count, AT: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def count_step(groups, totals, after, count, i, here, ok, AT: tl.constexpr):
     """What is counted of every step, void or not."""
-    was, k = groups.was, row(groups.was, AT.was.k, count, i, here)
-    put(after, AT.was.k, count, i, here, tl.where(ok, k + 1.0, k))
-    cause, own = row(totals, AT.total.cause, count, i, here), row(was, AT.was.cause, count, i, here)
-    put(after, AT.was.cause, count, i, here, tl.where(ok, own, cause))
+    was = groups.was
+    put_if(groups, after, AT.was.k, count, i, here, ok, row(was, AT.was.k, count, i, here) + 1.0)
+    cause = row(totals, AT.total.cause, count, i, here)
+    put(after, AT.was.cause, count, i, here, tl.where(ok, row(was, AT.was.cause, count, i, here), cause))
     skips = (cause == AT.cause.gradient) | (cause == AT.cause.number)
-    own = row(was, AT.was.skipped_steps, count, i, here)
-    put(after, AT.was.skipped_steps, count, i, here, tl.where(skips, own + 1.0, own))
-    own = row(was, AT.was.failures, count, i, here)
-    put(after, AT.was.failures, count, i, here, tl.where(cause == AT.cause.failure, own + 1.0, own))
+    skipped = row(was, AT.was.skipped_steps, count, i, here)
+    put_if(groups, after, AT.was.skipped_steps, count, i, here, skips, skipped + 1.0)
+    failures = row(was, AT.was.failures, count, i, here)
+    put_if(groups, after, AT.was.failures, count, i, here, cause == AT.cause.failure, failures + 1.0)
     square = row(totals, AT.total.gradient_square, count, i, here)
     put(after, AT.was.gradient_norm, count, i, here, tl.sqrt(square))
     square = row(totals, AT.total.update_square, count, i, here)

@@ -12,6 +12,7 @@ from ppsf_dist.kernels.triton.numbers import (
     power,
     put,
     put_averaging,
+    put_if,
     row,
     smaller,
 )  # fmt: skip
@@ -117,18 +118,13 @@ def learn_prodigy(groups, totals, count, ON: tl.constexpr, AT: tl.constexpr, BLO
 @triton.jit(do_not_specialize=["count"])
 def end_prodigy(groups, totals, after, count, ON: tl.constexpr, AT: tl.constexpr, BLOCK: tl.constexpr):
     """The numbers after a step from the totals of its parts. Of a void one what is counted. One program."""
-    was, known, ok = groups.was, groups.known, is_written(groups, totals, count, AT, BLOCK)
+    known, ok = groups.known, is_written(groups, totals, count, AT, BLOCK)
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
         here = i < count
         count_step(groups, totals, after, count, i, here, ok, AT)
-        old, new = row(was, AT.was.d, count, i, here), row(known, AT.known.d, count, i, here)
-        put(after, AT.was.d, count, i, here, tl.where(ok, new, old))
-        old, new = row(was, AT.was.d_max, count, i, here), row(known, AT.known.d_max, count, i, here)
-        put(after, AT.was.d_max, count, i, here, tl.where(ok, new, old))
-        old, new = row(was, AT.was.d_hat, count, i, here), row(known, AT.known.d_hat, count, i, here)
-        put(after, AT.was.d_hat, count, i, here, tl.where(ok, new, old))
-        old, new = row(was, AT.was.d_numerator, count, i, here), row(known, AT.known.d_numerator, count, i, here)
-        put(after, AT.was.d_numerator, count, i, here, tl.where(ok, new, old))
-        old, new = row(was, AT.was.d_denom, count, i, here), row(known, AT.known.d_denom, count, i, here)
-        put(after, AT.was.d_denom, count, i, here, tl.where(ok, new, old))
+        put_if(groups, after, AT.was.d, count, i, here, ok, row(known, AT.known.d, count, i, here))
+        put_if(groups, after, AT.was.d_max, count, i, here, ok, row(known, AT.known.d_max, count, i, here))
+        put_if(groups, after, AT.was.d_hat, count, i, here, ok, row(known, AT.known.d_hat, count, i, here))
+        put_if(groups, after, AT.was.d_numerator, count, i, here, ok, row(known, AT.known.d_numerator, count, i, here))
+        put_if(groups, after, AT.was.d_denom, count, i, here, ok, row(known, AT.known.d_denom, count, i, here))

@@ -13,6 +13,7 @@ from ppsf_dist.kernels.triton.numbers import (
     larger,
     put,
     put_averaging,
+    put_if,
     radam,
     row,
     smaller,
@@ -142,27 +143,21 @@ def end_prodigy_plus(
         new_d = tl.where(adapts, new_d, d)
         inverses += tl.where(here, 1.0 / new_d, 0.0)
         put(after, AT.was.d, count, i, here, new_d)
-        step_d, d_prev = row(known, AT.known.d, count, i, here), row(was, AT.was.d_prev, count, i, here)
-        put(after, AT.was.d_prev, count, i, here, tl.where(adapts, step_d, d_prev))
-        own = row(was, AT.was.d_numerator, count, i, here)
-        put(after, AT.was.d_numerator, count, i, here, tl.where(adapts, total, own))
-        own = row(was, AT.was.d_denom, count, i, here)
-        put(after, AT.was.d_denom, count, i, here, tl.where(adapts, denominator, own))
-        own = row(was, AT.was.prev_d_numerator, count, i, here)
-        put(after, AT.was.prev_d_numerator, count, i, here, tl.where(adapts, before, own))
-        own = row(was, AT.was.max_d_numerator, count, i, here)
-        put(after, AT.was.max_d_numerator, count, i, here, tl.where(adapts, largest, own))
+        put_if(groups, after, AT.was.d_prev, count, i, here, adapts, row(known, AT.known.d, count, i, here))
+        put_if(groups, after, AT.was.d_numerator, count, i, here, adapts, total)
+        put_if(groups, after, AT.was.d_denom, count, i, here, adapts, denominator)
+        put_if(groups, after, AT.was.prev_d_numerator, count, i, here, adapts, before)
+        put_if(groups, after, AT.was.max_d_numerator, count, i, here, adapts, largest)
         put(after, AT.was.shared_d, count, i, here, row(was, AT.was.shared_d, count, i, here))
 
         averages = row(given, AT.given.use_schedulefree, count, i, here) > 0.0
         moved = walk.only_if(ok, (row(totals, AT.total.moved, count, i, here) > 0.0) | (averages == 0))
         # Of an average that has been switched off nothing is left.
         weight_sum = tl.where(averages, row(known, AT.known.weight_sum, count, i, here), 0.0)
-        own = row(was, AT.was.weight_sum, count, i, here)
-        put(after, AT.was.weight_sum, count, i, here, tl.where(moved, weight_sum, own))
+        put_if(groups, after, AT.was.weight_sum, count, i, here, moved, weight_sum)
         q = tl.where(averages, row(known, AT.known.q, count, i, here), 1.0)
-        own, lr = row(was, AT.was.effective_lr, count, i, here), row(given, AT.given.lr, count, i, here)
-        put(after, AT.was.effective_lr, count, i, here, tl.where(moved, lr * q, own))
+        lr = row(given, AT.given.lr, count, i, here)
+        put_if(groups, after, AT.was.effective_lr, count, i, here, moved, lr * q)
         count_step(groups, totals, after, count, i, here, ok, AT)
     if ON.averages_d:
         if ok:

@@ -12,6 +12,7 @@ from ppsf_dist.kernels.triton.numbers import (
     power,
     put,
     put_averaging,
+    put_if,
     radam,
     row,
     smaller,
@@ -75,14 +76,11 @@ def begin_schedulefree(
 @triton.jit(do_not_specialize=["count"])
 def end_schedulefree(groups, totals, after, count, ON: tl.constexpr, AT: tl.constexpr, BLOCK: tl.constexpr):
     """The numbers after a step from the totals of its parts. Of a void one what is counted. One program."""
-    was, known, ok = groups.was, groups.known, is_written(groups, totals, count, AT, BLOCK)
+    known, ok = groups.known, is_written(groups, totals, count, AT, BLOCK)
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
         here = i < count
         count_step(groups, totals, after, count, i, here, ok, AT)
-        old, new = row(was, AT.was.weight_sum, count, i, here), row(known, AT.known.weight_sum, count, i, here)
-        put(after, AT.was.weight_sum, count, i, here, tl.where(ok, new, old))
-        old, new = row(was, AT.was.lr_max, count, i, here), row(known, AT.known.lr_max, count, i, here)
-        put(after, AT.was.lr_max, count, i, here, tl.where(ok, new, old))
-        old, new = row(was, AT.was.scheduled_lr, count, i, here), row(known, AT.known.delta, count, i, here)
-        put(after, AT.was.scheduled_lr, count, i, here, tl.where(ok, new, old))
+        put_if(groups, after, AT.was.weight_sum, count, i, here, ok, row(known, AT.known.weight_sum, count, i, here))
+        put_if(groups, after, AT.was.lr_max, count, i, here, ok, row(known, AT.known.lr_max, count, i, here))
+        put_if(groups, after, AT.was.scheduled_lr, count, i, here, ok, row(known, AT.known.delta, count, i, here))
